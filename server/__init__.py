@@ -1,0 +1,1 @@
+"""Mull as a server: requests in, answers out, on vLLM or before it."""

@@ -1,0 +1,66 @@
+"""`mull`: serve a model as a reasoning server, or look what is wrong with this installation."""
+
+import argparse
+import asyncio
+import sys
+import time
+
+from server.settings import Settings
+
+_SERVE_HELP = """usage: mull serve [MODEL] [any flag of vLLM's server]
+
+Serve MODEL (a Hugging Face name or a folder) as a reasoning server: vLLM's OpenAI, Responses and Anthropic
+endpoints, each with strategies. Without MODEL, the embedded mull-tiny.
+
+  mull serve                                   mull-tiny on 127.0.0.1:8000
+  mull serve Qwen/Qwen3-0.6B --port 9000       any model that vLLM serves
+  mull serve --help=all                        every flag of vLLM, with its default
+
+What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority, --max-num-queued-reqs 4096,
+--enable-prompt-tokens-details; on a CPU also --block-size 32, and --dtype float32 where the processor has
+no bfloat16 instructions.
+
+Environment: MULL_MAX_BODY_BYTES, MULL_ENGINE_RESTARTS, MULL_ANSWER_SECONDS, and all of vLLM's.
+"""
+
+
+def main() -> None:
+    """Entry point of the `mull` command."""
+    parser = argparse.ArgumentParser(
+        prog="mull",
+        description="Mull makes language models reason better at inference time.",
+        epilog="Start with: mull serve. Then see http://127.0.0.1:8000/v1/strategies",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("serve", add_help=False, help="serve a model as a reasoning server")
+    commands.add_parser("doctor", help="say what is installed, on which device, and how to mend what is broken")
+    options, rest = parser.parse_known_args()
+    if options.command == "doctor":
+        if rest:
+            parser.error(f"doctor takes no arguments: {' '.join(rest)}")
+        from server.doctor import examine
+
+        sys.exit(examine())
+    if rest[:1] in (["--help"], ["-h"]):
+        print(_SERVE_HELP, end="")
+        return
+    sys.exit(_serve(rest))
+
+
+def _serve(rest: list[str]) -> int:
+    began = time.monotonic()
+
+    def progress(text: str) -> None:
+        print(f"mull: {time.monotonic() - began:5.1f} s  {text}", file=sys.stderr, flush=True)
+
+    from server.local.defaults import arguments
+
+    argv = arguments(rest)
+    progress("loading vLLM")
+    from server.local import launcher
+
+    return asyncio.run(launcher.serve(launcher.parse(argv), Settings.read(), progress))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything that touches vLLM, pinned to 0.32."""

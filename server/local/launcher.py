@@ -1,0 +1,166 @@
+"""`mull serve`: vLLM's parser, engine and app, our plugin in it, our own uvicorn around it.
+
+One process serves HTTP, one forked process runs the engine. A dead engine is replaced in place: the socket
+stays open and answers 503 until the new one is ready.
+"""
+
+import asyncio
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
+import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+# Importing vLLM takes some six seconds, so the progress line comes before this module is imported.
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from server.local import cpu
+from server.settings import Settings, fork_workers
+
+Progress = Callable[[str], None]
+
+_HEALTH_SECONDS = 0.5
+"""How often a dead engine is looked for; requests in flight fail on their own, at once."""
+
+
+def parse(argv: list[str]) -> Namespace:
+    """vLLM's arguments, read by vLLM's parser; it exits with a message where they are wrong."""
+    parser = FlexibleArgumentParser(prog="mull serve", description="Serve a model as a reasoning server.")
+    args = make_arg_parser(parser).parse_args(argv)
+    args.model = args.model_tag or args.model
+    validate_parsed_serve_args(args)
+    return args
+
+
+async def serve(args: Namespace, settings: Settings, progress: Progress) -> int:
+    """Serve until a signal; return the exit status. It is not 0 if the engine died once too often."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    address, sock = setup_server(args, reuse_port=False)
+    door = Door()
+    server = NoSignalServer(_uvicorn(args, door))
+    serving = loop.create_task(server.serve(sockets=[sock]))  # noqa: TID251 - the process's own life, no request's
+    status = 0
+    try:
+        for life in range(settings.engine_restarts + 1):
+            began = time.monotonic()
+            async with AsyncExitStack() as stack:
+                engine = await _start(args, server, door, stack, progress)
+                progress(f"ready on {address} after {time.monotonic() - began:.1f} s")
+                died = await _until_over(engine, stopping, serving)
+                if died and life < settings.engine_restarts:
+                    progress("the engine died; starting a new one")
+            if not died:
+                break
+        else:
+            progress(f"the engine died {settings.engine_restarts + 1} times; giving up")
+            status = 1
+    finally:
+        server.should_exit = True
+        await serving
+        sock.close()
+    return status
+
+
+class Door:
+    """The ASGI app that uvicorn holds: the current vLLM app, or a 503 while there is none."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "lifespan":
+            await _own_lifespan(receive, send)
+        elif self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            error = {"message": "the engine is starting", "type": "service_unavailable", "param": None, "code": 503}
+            await JSONResponse({"error": error}, status_code=503, headers={"Retry-After": "5"})(scope, receive, send)
+
+
+async def _own_lifespan(receive: Receive, send: Send) -> None:
+    """Each vLLM app has a life of its own within the server's; see `_start`."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+async def _start(
+    args: Namespace, server: uvicorn.Server, door: Door, stack: AsyncExitStack, progress: Progress
+) -> AsyncLLM:
+    """Start an engine and open the door; leaving `stack` closes the door and ends the engine."""
+    progress("starting the engine")
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    on_cpu = config.device_config.device_type == "cpu"
+    if on_cpu:
+        cpu.mend()
+        fork_workers()
+    engine = await asyncio.to_thread(
+        partial(AsyncLLM.from_vllm_config, config, disable_log_stats=args.disable_log_stats)
+    )
+    stack.callback(engine.shutdown, timeout=max(15, config.shutdown_timeout))
+    if on_cpu:
+        await engine.collective_rpc("guard")
+    progress("building the API")
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    app.state.server = server
+    await init_app_state(engine, app.state, args, tasks)
+    sandbox: Any = getattr(app.state, "sandbox", None)
+    if sandbox is not None:
+        stack.push_async_callback(sandbox.close)
+    await stack.enter_async_context(app.router.lifespan_context(app))
+    door.app = app
+    stack.callback(setattr, door, "app", None)
+    return engine
+
+
+async def _until_over(engine: AsyncLLM, stopping: asyncio.Event, serving: "asyncio.Task[None]") -> bool:
+    """Wait for a signal, the server's end, or the engine's death; say whether the engine died."""
+    while not (stopping.is_set() or serving.done()):
+        if engine.errored:
+            return True
+        try:
+            await asyncio.wait_for(stopping.wait(), _HEALTH_SECONDS)
+        except TimeoutError:
+            continue
+    return False
+
+
+def _uvicorn(args: Namespace, door: Door) -> uvicorn.Config:
+    return uvicorn.Config(
+        door,
+        host=args.host,
+        port=args.port,
+        log_level="warning" if args.uvicorn_log_level == "info" else args.uvicorn_log_level,
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+    )
+
+
+def say(text: str) -> None:
+    """The progress line: one line a step, on stderr."""
+    print(f"mull: {text}", file=sys.stderr, flush=True)

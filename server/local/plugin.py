@@ -1,0 +1,76 @@
+"""Mull as a vLLM endpoint plugin: the same object under `mull serve` and under `VLLM_PLUGINS=mull vllm serve`."""
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import State
+from starlette.responses import JSONResponse
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.launcher import terminate_if_errored
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from server.errors import handle, reply_to
+from server.local.chat import Chat
+from server.local.client import Reasoner
+from server.middleware import Choosing
+from server.routes import strategies as routes
+from server.settings import Settings
+from strategies.core.answers import Answers
+from strategies.core.errors import EngineUnavailable, InvalidRequest, MullError
+from strategies.core.sandbox import Sandbox
+
+
+class Plugin:
+    """vLLM's `EndpointPlugin`: routes first, then the engine's `generate` once there is an engine."""
+
+    name = "mull"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._settings = Settings.read()
+        self._state: State | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Put our routes, errors and the choosing middleware on vLLM's app."""
+        app.include_router(routes.router)
+        app.add_exception_handler(MullError, handle)
+        app.add_exception_handler(EngineDeadError, _engine_died)
+        app.add_middleware(Choosing, models=self.models, max_body_bytes=self._settings.max_body_bytes)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Let the engine reason."""
+        assert engine_client is not None
+        self._state = state
+        sandbox = Sandbox()
+        state.sandbox = sandbox
+        state.chat = Chat()
+        engine: Any = engine_client
+        engine.generate = Reasoner(
+            engine_client.generate, sandbox=sandbox, answers=Answers(sandbox), adapter=self._adapter
+        )
+
+    def models(self) -> set[str]:
+        """Every name under which a model or an adapter is served."""
+        if self._state is None:
+            return set()
+        served = self._state.openai_serving_models
+        return {model.name for model in served.base_model_paths} | set(served.lora_requests)
+
+    def _adapter(self, name: str) -> LoRARequest:
+        known: dict[str, LoRARequest] = {} if self._state is None else self._state.openai_serving_models.lora_requests
+        if name not in known:
+            raise InvalidRequest(f"there is no adapter '{name}'", field="adapter")
+        return known[name]
+
+
+def plugin() -> Plugin:
+    """The entry point of `vllm.endpoint_plugins`."""
+    return Plugin()
+
+
+async def _engine_died(request: Request, error: Exception) -> JSONResponse:
+    """A dead engine is a 503 for whoever waits on it; on a stock vLLM server it also ends the server."""
+    terminate_if_errored(request.app.state.server, request.app.state.engine_client)
+    return reply_to(EngineUnavailable("the engine died; a new one is being started, try again"))

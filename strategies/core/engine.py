@@ -1,0 +1,22 @@
+"""What a search needs of a language model, whoever runs it."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from strategies.core.types import Chunk, Generation
+
+
+class Engine(Protocol):
+    """Generates one sequence a call; siblings share whatever prefix cache it has."""
+
+    def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
+        """Yield the sequence piece by piece; the last chunk carries `finish_reason`.
+
+        Closing the generator aborts the sequence in the engine. It never yields more than
+        `generation.max_tokens` tokens.
+
+        Raises:
+            InvalidRequest: The engine refuses the request.
+            EngineUnavailable: The engine is dead or full.
+        """
+        ...

@@ -1,0 +1,25 @@
+"""One tree of errors; the server maps each leaf to an HTTP status, so an error cannot look like an answer."""
+
+
+class MullError(Exception):
+    """Anything that ends a request without an answer."""
+
+
+class InvalidRequest(MullError):
+    """The request asks for something that is refused; `field` names the part at fault."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class NoCandidate(MullError):
+    """The budget or the deadline ran out before a single candidate existed."""
+
+
+class VerifierFailed(MullError):
+    """A verifier could not give an opinion; a missing score is never replaced by a neutral number."""
+
+
+class EngineUnavailable(MullError):
+    """The engine died or refuses work; the request may be tried again."""

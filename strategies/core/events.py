@@ -1,0 +1,83 @@
+"""What happens during a run, in order. Replies, usage, metrics and stored traces are folds over these."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from strategies.core.types import Candidate, Chunk, StopReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A sequence was asked of the engine, under a lease of `tokens`."""
+
+    index: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grown:
+    """A piece of a sequence arrived."""
+
+    index: int
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """A sequence is finished."""
+
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aborted:
+    """A sequence was stopped because it can no longer matter; its `tokens` are spent all the same."""
+
+    index: int
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A verifier judged a candidate, at the price of `tokens`."""
+
+    index: int
+    score: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voted:
+    """A candidate was counted for an answer, in its canonical form."""
+
+    index: int
+    answer: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """This sequence is the answer, finished or not: its pieces may go to the client at once."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The run is over and this candidate won."""
+
+    index: int
+    stopped: StopReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted:
+    """A remark for whoever reads the trace."""
+
+    level: Literal["info", "warning"]
+    text: str
+
+
+Event = Started | Grown | Sampled | Aborted | Scored | Voted | Committed | Chosen | Noted

@@ -1,0 +1,70 @@
+"""What every strategy is: a frozen value whose fields are its parameters, with one method."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from strategies.core.answers import AnswerFormat
+from strategies.core.context import Context
+from strategies.core.types import Outcome, Problem
+
+
+class VerifierChoice(BaseModel):
+    """A verifier by `kind`, with its own parameters beside it; a plain string is the kind alone.
+
+    Which kinds there are is the server's to know: it resolves the choice before any work.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str = Field(min_length=1, max_length=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class Example(BaseModel):
+    """A worked example for the prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str = Field(min_length=1, max_length=20_000)
+    answer: str = Field(min_length=1, max_length=20_000)
+
+
+class Strategy(BaseModel, ABC):
+    """A way to spend inference compute on one problem."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cost: ClassVar[str]
+    """What it asks of the engine, in one sentence."""
+    paper: ClassVar[str]
+    """Authors, year, title, and arXiv number."""
+
+    kind: str
+    answer: AnswerFormat = Field(default=AnswerFormat(), description="How answers are read and compared.")
+
+    @abstractmethod
+    async def solve(self, problem: Problem, ctx: Context) -> Outcome:
+        """Search for an answer within the context's budget.
+
+        Raises:
+            NoCandidate: The budget ran out before one candidate existed.
+            VerifierFailed: A verifier that decides had no opinion.
+        """
+
+    def judged_by(self) -> VerifierChoice | None:
+        """The verifier that the server must provide, if any."""
+        return None
+
+    def examples_shown(self) -> tuple[Example, ...]:
+        """Worked examples to put before the question."""
+        return ()
+
+    def trigger_shown(self) -> str | None:
+        """Words to put after the question."""
+        return None

@@ -1,0 +1,194 @@
+"""Fakes for tests: an engine with a script, a verifier with an opinion, a context that remembers."""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from math import exp, log
+from types import TracebackType
+from typing import Self
+from zlib import crc32
+
+from strategies.core.answers import AnswerFormat, Answers
+from strategies.core.budget import Budget, Limits
+from strategies.core.context import Context, Verifier
+from strategies.core.engine import Engine
+from strategies.core.events import Event
+from strategies.core.sandbox import Sandbox
+from strategies.core.types import Candidate, Chunk, FinishReason, Generation, Problem, Verdict
+
+
+def pieces(text: str) -> tuple[str, ...]:
+    """The fake engine's tokens: words, each with the space and newlines after it."""
+    return tuple(re.findall(r"\S+\s*|^\s+", text))
+
+
+def encode(text: str) -> tuple[int, ...]:
+    """The fake engine's token ids: the same piece has the same id everywhere."""
+    return tuple(crc32(piece.encode()) for piece in pieces(text))
+
+
+def surprise(piece: str) -> float:
+    """The default log-probability of a token: negative, above -1, and exact in binary."""
+    return -(crc32(piece.encode()) % 16 + 1) / 32
+
+
+class FakeEngine:
+    """An `Engine` that writes what it is told to, one token a chunk, and counts what is asked of it.
+
+    `texts` are cycled by the generation's index, or made by a function of the generation. Before
+    each token it sleeps `delay(index)` seconds. `failures` are raised instead of a token, by number
+    of the call and number of the token, both from 0.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str] | Callable[[Generation], str],
+        *,
+        delay: Callable[[int], float] = lambda index: 0.0,
+        logprob: Callable[[str], float] = surprise,
+        failures: Mapping[tuple[int, int], Exception] | None = None,
+    ) -> None:
+        self._texts = texts
+        self._delay = delay
+        self._logprob = logprob
+        self._failures = failures or {}
+        self.asked: list[Generation] = []
+        """Every generation that was begun."""
+        self.tokens = 0
+        """Tokens delivered."""
+        self.running = 0
+        """Sequences begun and not ended."""
+        self.aborted: list[int] = []
+        """Indices of the sequences that were closed or cancelled before their end."""
+
+    @property
+    def calls(self) -> int:
+        """How many sequences were begun."""
+        return len(self.asked)
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
+        """Deliver the scripted sequence."""
+        call = self.calls
+        self.asked.append(generation)
+        self.running += 1
+        try:
+            for number, chunk in enumerate(self._script(generation)):
+                await asyncio.sleep(self._delay(generation.index))
+                if (call, number) in self._failures:
+                    raise self._failures[call, number]
+                self.tokens += len(chunk.token_ids)
+                yield chunk
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted.append(generation.index)
+            raise
+        finally:
+            self.running -= 1
+
+    def _script(self, generation: Generation) -> list[Chunk]:
+        """All chunks of a sequence; an empty text is one chunk without a token."""
+        if callable(self._texts):
+            text = self._texts(generation)
+        else:
+            text = self._texts[generation.index % len(self._texts)]
+        ends = [text.index(stop) + len(stop) for stop in generation.stop if stop in text]
+        written = pieces(text[: min(ends, default=len(text))])
+        finish: FinishReason = "stop" if len(written) <= generation.max_tokens else "length"
+        written = written[: generation.max_tokens]
+        if not written:
+            return [Chunk(finish_reason=finish, prompt_tokens=len(generation.token_ids))]
+        return [
+            self._chunk(generation, piece, finish if number == len(written) else None)
+            for number, piece in enumerate(written, start=1)
+        ]
+
+    def _chunk(self, generation: Generation, piece: str, finish: FinishReason | None) -> Chunk:
+        wanted = generation.logprobs
+        logprob = self._logprob(piece)
+        return Chunk(
+            text=piece,
+            token_ids=encode(piece),
+            logprobs=() if wanted is None else (logprob,),
+            pieces=() if wanted is None else (piece,),
+            top_logprobs=(_likeliest(logprob, wanted),) if wanted else (),
+            finish_reason=finish,
+            prompt_tokens=len(generation.token_ids),
+        )
+
+
+def _likeliest(logprob: float, k: int) -> tuple[float, ...]:
+    """This token and `k - 1` others that halve what is left of the probability, in turn."""
+    left = max(1 - exp(logprob), 1e-9)
+    others = [log(left / 2**number) for number in range(1, k)]
+    return tuple(sorted([logprob, *others], reverse=True))
+
+
+class FakeVerifier:
+    """A `Verifier` whose scores come from a function of the candidate, after `seconds` of thought."""
+
+    def __init__(
+        self,
+        score: Callable[[Candidate], float],
+        *,
+        logprobs: int | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        self._score = score
+        self._seconds = seconds
+        self.logprobs = logprobs
+        self.judged: list[int] = []
+        """Indices of the candidates, in the order judged."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in requests."""
+        return "fake"
+
+    async def judge(
+        self, problem: Problem, candidates: Sequence[Candidate], ctx: Context
+    ) -> list[Verdict]:
+        """One verdict per candidate."""
+        await asyncio.sleep(self._seconds)
+        self.judged += [candidate.index for candidate in candidates]
+        return [Verdict(score=self._score(candidate)) for candidate in candidates]
+
+
+class RecordingContext(Context):
+    """A context that keeps its events; leaving its block ends its sandbox."""
+
+    events: list[Event]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.sandbox.close()
+
+
+def context(
+    engine: Engine,
+    *,
+    limits: Limits | None = None,
+    verifier: Verifier | None = None,
+    answer_format: AnswerFormat | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> RecordingContext:
+    """A context for one run: `async with context(engine) as ctx: await strategy.solve(problem, ctx)`."""
+    events: list[Event] = []
+    sandbox = Sandbox()
+    ctx = RecordingContext(
+        engine=engine,
+        budget=Budget(limits, clock=clock),
+        answers=Answers(sandbox),
+        sandbox=sandbox,
+        emit=events.append,
+        verifier=verifier,
+        answer_format=answer_format,
+    )
+    ctx.events = events
+    return ctx

@@ -1,0 +1,115 @@
+"""The values that pass between strategies, engines and verifiers; all frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+StopReason = Literal["decided", "exhausted", "deadline", "samples", "cancelled"]
+"""Why a run ended: the rule was satisfied early, the tokens ran out, the time ran out, all samples were
+drawn, or the client went away."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What to answer: the prompt as the model reads it, and what the client asked of each sample."""
+
+    token_ids: tuple[int, ...]
+    text: str = ""
+    """The prompt in words, for verifiers that read it."""
+    max_tokens: int = 256
+    """Generated tokens allowed to one sample."""
+    seed: int | None = None
+    """Makes the run repeatable: sample `i` is drawn with `seed + i`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One sequence asked of an engine."""
+
+    index: int
+    """Its number within the run, from 0; also the default of its priority."""
+    token_ids: tuple[int, ...]
+    """The prompt and whatever of the answer it continues."""
+    max_tokens: int
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Strings that end the sequence besides the client's own; kept in the text."""
+    logprobs: int | None = None
+    """None: none; 0: of the chosen tokens; k: of the k most likely tokens as well."""
+    adapter: str | None = None
+    """A LoRA adapter by name; None is what the client named."""
+    priority: int = 0
+    """Lower runs first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of a sequence, in order; the last one carries `finish_reason`."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """Of the chosen tokens, in nats; as long as `token_ids` if asked for, else empty."""
+    pieces: tuple[str, ...] = ()
+    """Each token in words; as long as `logprobs`."""
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+    """Per token, of the k most likely tokens; empty unless k > 0 was asked for."""
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """How many of the prompt's tokens came from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A finished sequence with the answer read from it."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    answer: str | None = None
+    """The extracted answer in canonical form; None if there is none."""
+    logprobs: tuple[float, ...] = ()
+    pieces: tuple[str, ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model ended it itself, rather than a limit."""
+        return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A verifier's opinion of one candidate."""
+
+    score: float
+    """In [0, 1]; higher is better."""
+    steps: tuple[float, ...] = ()
+    """Per step, in [0, 1], where the verifier has them."""
+    tokens: int = 0
+    """Tokens generated to reach the opinion."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.score <= 1.0:  # also refuses NaN
+            raise ValueError(f"a score must be in [0, 1], not {self.score}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The chosen candidate, all that were finished, and why the run ended."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    stopped: StopReason
+    scores: Mapping[int, float] = field(default_factory=dict[int, float])
+    """By candidate index, where a verifier judged."""
+    votes: Mapping[str, float] = field(default_factory=dict[str, float])
+    """By answer, where there was a vote."""
+    confidence: float | None = None
+    """The probability that the vote's winner stays the winner, where the rule estimates one."""

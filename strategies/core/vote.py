@@ -1,0 +1,83 @@
+"""Voting over equivalent answers, and the rules by which a vote may end early. Pure and synchronous."""
+
+from dataclasses import dataclass, field
+from math import comb
+from typing import Literal
+
+StopRule = Literal["never", "unassailable", "confidence", "window"]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Weights by answer, in the order of first appearance. Weights lie in [0, 1]."""
+
+    answers: list[str] = field(default_factory=list[str])
+    weights: list[float] = field(default_factory=list[float])
+    first: list[int] = field(default_factory=list[int])
+    """Per answer, the lowest index of a sample that gave it; it breaks ties."""
+    recent: list[str | None] = field(default_factory=list[str | None])
+    """Every ballot's answer in the order counted, None for a sample without one."""
+
+    def count(self, place: int | None, answer: str | None, weight: float, index: int) -> str | None:
+        """Count one ballot for the known answer at `place`, or for a new one; return the answer counted for."""
+        if answer is None:
+            self.recent.append(None)
+            return None
+        if place is None:
+            place = len(self.answers)
+            self.answers.append(answer)
+            self.weights.append(0.0)
+            self.first.append(index)
+        self.weights[place] += weight
+        self.first[place] = min(self.first[place], index)
+        self.recent.append(self.answers[place])
+        return self.answers[place]
+
+    def ranked(self) -> list[int]:
+        """Places of the answers, best first; a tie goes to the answer with the earliest sample."""
+        return sorted(range(len(self.answers)), key=lambda place: (-self.weights[place], self.first[place]))
+
+    @property
+    def lead(self) -> tuple[float, float]:
+        """The weights of the best and the second best answer."""
+        best = sorted(self.weights, reverse=True)[:2]
+        return (best[0] if best else 0.0, best[1] if len(best) > 1 else 0.0)
+
+
+def majority_confidence(best: int, second: int) -> float:
+    """P(the best answer is the likelier of the two) under a uniform Beta prior (Aggarwal et al. 2023)."""
+    draws = best + second + 1
+    return sum(comb(draws, k) for k in range(best + 1)) / 2**draws
+
+
+def unassailable(best: float, second: float, left: int) -> bool:
+    """Whether `left` further samples, each of weight at most one, cannot overtake or draw level."""
+    return best - second > left
+
+
+def fewest_to_decide(rule: StopRule, tally: Tally, left: int, *, confidence: float, window: int) -> int:
+    """The smallest number of further samples after which the vote could be over; at most `left`."""
+    best, second = tally.lead
+    if rule == "never":
+        return left
+    if rule == "window":
+        return min(left, window - len(tally.recent) % window)
+    for more in range(1, left):
+        if rule == "unassailable" and unassailable(best + more, second, left - more):
+            return more
+        if rule == "confidence" and majority_confidence(int(best) + more, int(second)) >= confidence:
+            return more
+    return left
+
+
+def decided(rule: StopRule, tally: Tally, left: int, *, confidence: float, window: int) -> bool:
+    """Whether the vote is over before its last sample."""
+    best, second = tally.lead
+    if not tally.answers or left == 0 or rule == "never":
+        return False
+    if rule == "unassailable":
+        return unassailable(best, second, left)
+    if rule == "confidence":
+        return majority_confidence(int(best), int(second)) >= confidence
+    last = tally.recent[-window:]
+    return len(tally.recent) % window == 0 and last[0] is not None and len(set(last)) == 1

@@ -1,0 +1,21 @@
+"""All strategies: the request schema, the catalogue and the docs are made from this list."""
+
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from strategies.best_of_n import BestOfN
+from strategies.chain_of_thought import ChainOfThought
+from strategies.core.strategy import Strategy
+from strategies.self_consistency import SelfConsistency
+
+AnyStrategy = Annotated[ChainOfThought | BestOfN | SelfConsistency, Field(discriminator="kind")]
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "chain_of_thought": ChainOfThought,
+    "best_of_n": BestOfN,
+    "self_consistency": SelfConsistency,
+}
+
+ANY_STRATEGY: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)
+"""Reads and writes a strategy's wire form."""

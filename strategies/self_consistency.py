@@ -1,0 +1,121 @@
+"""Self-consistency: sample independently, return the answer that most samples agree on (Wang et al. 2023)."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from strategies.core.context import Context
+from strategies.core.strategy import Strategy, VerifierChoice
+from strategies.core.types import Candidate, Outcome, Problem
+from strategies.core.vote import StopRule, Tally, decided, fewest_to_decide, majority_confidence
+
+
+class SelfConsistency(Strategy):
+    """Draw up to `n` samples and vote over equivalent answers.
+
+    A vote may stop early: when the lead cannot be overtaken (`unassailable`, the same winner as the full
+    vote), when the Beta posterior of the two leading answers is sure enough (`confidence`,
+    Adaptive-Consistency, Aggarwal et al. 2023), or when a whole window of samples agrees (`window`,
+    Early-Stopping Self-Consistency, Li et al. 2024). Samples start only as needed unless `start` is `all`;
+    those still running when the vote is decided are aborted. The last two rules count samples in the order
+    of their index, so that the same seed stops at the same place whatever arrives first.
+
+    Ties go to the answer with the earliest sample; the earliest complete sample of the winning answer is returned.
+    """
+
+    cost: ClassVar[str] = "at most n samples; fewer when the vote is decided early"
+    paper: ClassVar[str] = (
+        "Wang et al. 2023, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171; early stops: "
+        "Aggarwal et al. 2023, arXiv:2305.11860; Li et al. 2024, arXiv:2401.10480"
+    )
+
+    kind: Literal["self_consistency"] = "self_consistency"
+    n: int = Field(default=16, ge=1, le=256, description="Samples to draw at most.")
+    weight: Literal["none", "verifier"] = Field(
+        default="none", description="One vote a sample, or its verifier's score (`likelihood`: its own confidence)."
+    )
+    verifier: VerifierChoice | None = Field(
+        default=None, description="Who weighs the votes; required for, and only for, weight `verifier`."
+    )
+    early_stop: StopRule = Field(default="unassailable", description="When the vote may end before its last sample.")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="For early_stop `confidence`.")
+    window: int = Field(default=4, ge=2, le=64, description="Samples that must agree, for early_stop `window`.")
+    start: Literal["as_needed", "all"] = Field(
+        default="as_needed",
+        description="Start only as many samples as could decide the vote (fewest tokens), or all at once (soonest).",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.weight == "verifier") != (self.verifier is not None):
+            raise ValueError("'verifier' and weight 'verifier' go together")
+        if self.weight == "verifier" and self.early_stop == "confidence":
+            raise ValueError("early_stop 'confidence' counts whole votes; with weight 'verifier' use another")
+        return self
+
+    def judged_by(self) -> VerifierChoice | None:
+        """The verifier that weighs the votes, if any."""
+        return self.verifier
+
+    async def solve(self, problem: Problem, ctx: Context) -> Outcome:
+        """Start samples, count them as they come, stop when the vote is over."""
+        tally = Tally()
+        candidates: list[Candidate] = []
+        voters: dict[str, list[Candidate]] = {}
+        scores: dict[int, float] = {}
+        held: dict[int, Candidate] = {}
+        in_order = self.early_stop in ("confidence", "window")
+        over = False
+        first = self.n if self.start == "all" else self._wanted(tally, 0)
+        async with ctx.sampling(problem, first) as arrivals:
+            async for arrived in arrivals:
+                held[arrived.index] = arrived
+                while held and not over:
+                    index = len(tally.recent) if in_order else next(iter(held))
+                    if index not in held:
+                        if arrivals.pending:
+                            break
+                        index = min(held)  # an earlier one was cut before its first token
+                    candidate = held.pop(index)
+                    candidates.append(candidate)
+                    weight = 1.0
+                    if self.weight == "verifier":
+                        [verdict] = await ctx.verify(problem, [candidate])
+                        weight = scores[index] = verdict.score
+                    place = None
+                    if candidate.answer is not None:
+                        place = await ctx.answers.place(candidate.answer, tally.answers, ctx.answer_format)
+                    counted = tally.count(place, candidate.answer, weight, index)
+                    if counted is not None:
+                        voters.setdefault(counted, []).append(candidate)
+                        ctx.vote(candidate, counted, weight)
+                    over = decided(
+                        self.early_stop,
+                        tally,
+                        self.n - len(tally.recent),
+                        confidence=self.confidence,
+                        window=self.window,
+                    )
+                if over:
+                    break
+                missing = self._wanted(tally, arrivals.pending + len(held))
+                if self.start == "as_needed" and missing > 0:
+                    arrivals.start(missing)
+        candidates += held.values()
+        ranked = tally.ranked()
+        winners = voters[tally.answers[ranked[0]]] if ranked else candidates
+        best, second = tally.lead
+        return ctx.choose(
+            min(winners, key=lambda one: (not one.complete, one.index)),
+            among=sorted(candidates, key=lambda one: one.index),
+            decided=over,
+            scores=scores,
+            votes=dict(zip(tally.answers, tally.weights, strict=True)),
+            confidence=majority_confidence(int(best), int(second)) if ranked and self.weight == "none" else None,
+        )
+
+    def _wanted(self, tally: Tally, coming: int) -> int:
+        """How many more to start, when `coming` are started and not counted, so that the vote could be decided."""
+        left = self.n - len(tally.recent)
+        needed = fewest_to_decide(self.early_stop, tally, left, confidence=self.confidence, window=self.window)
+        return needed - coming
