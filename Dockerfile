@@ -30,7 +30,7 @@ RUN .venv/bin/pip install --quiet --no-deps --no-build-isolation .
 FROM base AS runtime
 RUN useradd --create-home --uid 1000 mull
 ENV PATH=/opt/mull/.venv/bin:$PATH PYTHONUNBUFFERED=1
-USER mull
+USER 1000
 WORKDIR /home/mull
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \

@@ -28,7 +28,8 @@ python() {
       return
     fi
   done
-  fail "needs Python 3.11 or 3.12, found $(python3 --version 2>&1 || true); set PYTHON=/path/to/python3.11"
+  candidate=${PYTHON:-python3}
+  fail "needs Python 3.11 or 3.12, $candidate is $("$candidate" --version 2>&1 | head -n 1 || true); PYTHON=... names another"
 }
 
 detect() { if nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi; }

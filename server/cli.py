@@ -5,6 +5,7 @@ import asyncio
 import sys
 import time
 
+from server.local.defaults import environment
 from server.settings import Settings
 
 _SERVE_HELP = """usage: mull serve [MODEL] [any flag of vLLM's server]
@@ -33,7 +34,9 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("serve", add_help=False, help="serve a model as a reasoning server")
-    commands.add_parser("doctor", help="say what is installed, on which device, and how to mend what is broken")
+    commands.add_parser(
+        "doctor", help="say what is installed, on which device, and how to mend what is broken"
+    )
     options, rest = parser.parse_known_args()
     if options.command == "doctor":
         if rest:
@@ -53,13 +56,11 @@ def _serve(rest: list[str]) -> int:
     def progress(text: str) -> None:
         print(f"mull: {time.monotonic() - began:5.1f} s  {text}", file=sys.stderr, flush=True)
 
-    from server.local.defaults import arguments
-
-    argv = arguments(rest)
+    environment(rest)
     progress("loading vLLM")
     from server.local import launcher
 
-    return asyncio.run(launcher.serve(launcher.parse(argv), Settings.read(), progress))
+    return asyncio.run(launcher.serve(launcher.parse(rest), Settings.read(), progress))
 
 
 if __name__ == "__main__":

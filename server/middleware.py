@@ -17,7 +17,9 @@ from strategies.core.errors import InvalidRequest, MullError
 class Choosing:
     """ASGI middleware. A request that names no strategy passes through byte for byte."""
 
-    def __init__(self, app: ASGIApp, *, models: Callable[[], Collection[str]], max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, models: Callable[[], Collection[str]], max_body_bytes: int
+    ) -> None:
         self._app = app
         self._models = models
         self._max_body_bytes = max_body_bytes
@@ -44,7 +46,11 @@ class Choosing:
         headers["content-length"] = str(len(raw))
         token = SELECTION.set(selection)
         try:
-            await self._app({**scope, "headers": headers.raw}, _replay(raw, receive), _Completing(send, selection))
+            await self._app(
+                {**scope, "headers": headers.raw},
+                _replay(raw, receive),
+                _Completing(send, selection),
+            )
         finally:
             SELECTION.reset(token)
 
@@ -71,7 +77,11 @@ class _Completing:
             if not message.get("more_body", False):
                 await self._send_whole(self._start)
             return
-        elif message["type"] == "http.response.body" and self._stream and b'"usage"' in message.get("body", b""):
+        elif (
+            message["type"] == "http.response.body"
+            and self._stream
+            and b'"usage"' in message.get("body", b"")
+        ):
             lines = message["body"].split(b"\n")
             message = {**message, "body": b"\n".join(self._line(line) for line in lines)}
         await self._send(message)
@@ -95,7 +105,11 @@ class _Completing:
         chunk: dict[str, Any] = json.loads(line[len(b"data: ") :])
         spent = usage_of(self._selection)
         for holder in (chunk, chunk.get("response"), chunk.get("message")):
-            if spent is not None and isinstance(holder, dict) and isinstance(holder.get("usage"), dict):  # pyright: ignore[reportUnknownMemberType]
+            if (
+                spent is not None
+                and isinstance(holder, dict)
+                and isinstance(holder.get("usage"), dict)
+            ):  # pyright: ignore[reportUnknownMemberType]
                 exact(holder["usage"], spent)  # pyright: ignore[reportUnknownArgumentType]
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
 

@@ -58,20 +58,33 @@ def exact(usage: JSON, spent: Usage) -> JSON:
         usage["completion_tokens_details"] = (usage.get("completion_tokens_details") or {}) | {
             "reasoning_tokens": hidden
         }
-    elif "output_tokens" in usage:  # Responses, and Anthropic's Messages, which have no total and no details
+    elif (
+        "output_tokens" in usage
+    ):  # Responses, and Anthropic's Messages, which have no total and no details
         usage["output_tokens"] = spent.generated
         if "total_tokens" in usage:
             usage["total_tokens"] = usage.get("input_tokens", 0) + spent.generated
-            usage["output_tokens_details"] = (usage.get("output_tokens_details") or {}) | {"reasoning_tokens": hidden}
+            usage["output_tokens_details"] = (usage.get("output_tokens_details") or {}) | {
+                "reasoning_tokens": hidden
+            }
     return usage
 
 
 def native(run: Run, selection: Selection, *, model: str, usage: JSON) -> JSON:
     """The reply of `POST /v1/strategies/{kind}`."""
     assert run.outcome is not None
-    began = {event.index: seconds for seconds, event in run.trace.events if isinstance(event, Started)}
+    began = {
+        event.index: seconds for seconds, event in run.trace.events if isinstance(event, Started)
+    }
     aborted = [
-        {"index": event.index, "fate": "aborted", "tokens": event.tokens, "text": None, "answer": None, "score": None}
+        {
+            "index": event.index,
+            "fate": "aborted",
+            "tokens": event.tokens,
+            "text": None,
+            "answer": None,
+            "score": None,
+        }
         for _, event in run.trace.events
         if isinstance(event, Aborted)
     ]

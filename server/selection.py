@@ -48,7 +48,9 @@ def choose(body: JSON, models: Collection[str]) -> tuple[JSON, Selection | None]
     named = body.get("strategy")
     if named is None and suffix is None:
         if "budget" in body:
-            raise InvalidRequest("a budget bounds a strategy: name one in 'strategy'", field="budget")
+            raise InvalidRequest(
+                "a budget bounds a strategy: name one in 'strategy'", field="budget"
+            )
         return body, None
     strategy = _strategy(named, suffix)
     rest = {key: value for key, value in body.items() if key not in ("strategy", "budget")}
@@ -65,10 +67,16 @@ def select(strategy: Strategy, budget: Any, request: JSON) -> tuple[JSON, Select
     """
     for field, reason in _REFUSED.items():
         if request.get(field) not in _ASKS_FOR_NOTHING:
-            raise InvalidRequest(f"'{field}' cannot be combined with a strategy: {reason}", field=field)
+            raise InvalidRequest(
+                f"'{field}' cannot be combined with a strategy: {reason}", field=field
+            )
     prompts: Any = request.get("prompt")
     # One list of token ids is one prompt; so is a list that holds one prompt.
-    if isinstance(prompts, list) and len(prompts) != 1 and not all(isinstance(one, int) for one in prompts):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if (
+        isinstance(prompts, list)
+        and len(prompts) != 1
+        and not all(isinstance(one, int) for one in prompts)
+    ):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         raise InvalidRequest("a strategy takes one prompt per request", field="prompt")
     try:
         limits = Limits() if budget is None else Limits.model_validate(budget)
@@ -76,7 +84,9 @@ def select(strategy: Strategy, budget: Any, request: JSON) -> tuple[JSON, Select
         raise refusal(error, inside="budget") from error
     choice = strategy.judged_by()
     verifier = None if choice is None else resolve(choice)
-    return _with_prompting(request, strategy), Selection(strategy, limits, verifier, _question(request))
+    return _with_prompting(request, strategy), Selection(
+        strategy, limits, verifier, _question(request)
+    )
 
 
 def parse(value: JSON, *, inside: str) -> Strategy:
@@ -87,9 +97,15 @@ def parse(value: JSON, *, inside: str) -> Strategy:
     """
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in STRATEGIES:
-        hint = nearest(str(kind), list(STRATEGIES)) if kind is not None else f"known: {', '.join(STRATEGIES)}"
+        hint = (
+            nearest(str(kind), list(STRATEGIES))
+            if kind is not None
+            else f"known: {', '.join(STRATEGIES)}"
+        )
         raise InvalidRequest(
-            f"there is no strategy '{kind}'; {hint}" if kind is not None else f"a strategy needs a 'kind'; {hint}",
+            f"there is no strategy '{kind}'; {hint}"
+            if kind is not None
+            else f"a strategy needs a 'kind'; {hint}",
             field=f"{inside}.kind" if inside else "kind",
         )
     known = STRATEGIES[kind].model_fields
@@ -105,7 +121,8 @@ def parse(value: JSON, *, inside: str) -> Strategy:
         refused = refusal(error, inside=inside)
         # The union puts the kind into the path; the client never wrote it there.
         raise InvalidRequest(
-            str(refused).replace(f".{kind}.", ".", 1), field=(refused.field or "").replace(f".{kind}.", ".", 1)
+            str(refused).replace(f".{kind}.", ".", 1),
+            field=(refused.field or "").replace(f".{kind}.", ".", 1),
         ) from error
 
 
@@ -118,7 +135,8 @@ def _split(model: Any, models: Collection[str]) -> tuple[str | None, str | None]
         return model, None
     if suffix not in STRATEGIES:
         raise InvalidRequest(
-            f"there is no strategy '{suffix}' for model '{name}'; {nearest(suffix, list(STRATEGIES))}", field="model"
+            f"there is no strategy '{suffix}' for model '{name}'; {nearest(suffix, list(STRATEGIES))}",
+            field="model",
         )
     return name, suffix
 
@@ -129,11 +147,14 @@ def _strategy(named: Any, suffix: str | None) -> Strategy:
     elif isinstance(named, str):
         named = {"kind": named}
     elif not isinstance(named, dict):
-        raise InvalidRequest("'strategy' is an object with a 'kind', or the kind alone", field="strategy")
+        raise InvalidRequest(
+            "'strategy' is an object with a 'kind', or the kind alone", field="strategy"
+        )
     strategy = parse(named, inside="strategy")  # pyright: ignore[reportUnknownArgumentType]
     if suffix is not None and strategy.kind != suffix:
         raise InvalidRequest(
-            f"'strategy' says {strategy.kind} and the model's suffix says {suffix}; name one", field="strategy"
+            f"'strategy' says {strategy.kind} and the model's suffix says {suffix}; name one",
+            field="strategy",
         )
     return strategy
 
@@ -156,7 +177,9 @@ def _words(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts: list[Any] = content if isinstance(content, list) else []
-    return "\n".join(str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part)
+    return "\n".join(
+        str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part
+    )
 
 
 def _with_prompting(body: JSON, strategy: Strategy) -> JSON:
@@ -168,9 +191,12 @@ def _with_prompting(body: JSON, strategy: Strategy) -> JSON:
     turns: Any = body.get(place) if place else None
     if isinstance(turns, str):
         shown = "".join(f"{one.question}\n{one.answer}\n\n" for one in examples)
-        return body | {place: f"{shown}{turns}{f'\n{trigger}' if trigger else ''}"}
+        asked_for = "" if trigger is None else f"\n{trigger}"
+        return body | {place: f"{shown}{turns}{asked_for}"}
     if place == "prompt" or not isinstance(turns, list):
-        raise InvalidRequest("examples and a trigger need a prompt in words", field=place or "messages")
+        raise InvalidRequest(
+            "examples and a trigger need a prompt in words", field=place or "messages"
+        )
     conversation: list[Any] = list(turns)  # pyright: ignore[reportUnknownArgumentType]
     asked = max((at for at, turn in enumerate(conversation) if _role(turn) == "user"), default=None)
     if asked is None:
@@ -179,9 +205,16 @@ def _with_prompting(body: JSON, strategy: Strategy) -> JSON:
         question = conversation[asked]
         content: Any = question["content"]
         kind = "input_text" if place == "input" else "text"
-        longer = f"{content}\n{trigger}" if isinstance(content, str) else [*content, {"type": kind, "text": trigger}]
+        longer = (
+            f"{content}\n{trigger}"
+            if isinstance(content, str)
+            else [*content, {"type": kind, "text": trigger}]
+        )
         conversation[asked] = question | {"content": longer}
-    start = next((at for at, turn in enumerate(conversation) if _role(turn) not in ("system", "developer")), 0)
+    start = next(
+        (at for at, turn in enumerate(conversation) if _role(turn) not in ("system", "developer")),
+        0,
+    )
     shown_turns = [
         {"role": role, "content": text}
         for one in examples

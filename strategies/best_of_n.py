@@ -19,11 +19,15 @@ class BestOfN(Strategy):
     """
 
     cost: ClassVar[str] = "n samples and one batched verification"
-    paper: ClassVar[str] = "Cobbe et al. 2021, Training Verifiers to Solve Math Word Problems, arXiv:2110.14168"
+    paper: ClassVar[str] = (
+        "Cobbe et al. 2021, Training Verifiers to Solve Math Word Problems, arXiv:2110.14168"
+    )
 
     kind: Literal["best_of_n"] = "best_of_n"
     n: int = Field(default=8, ge=1, le=256, description="Samples to draw.")
-    select: Literal["max", "weighted"] = Field(default="max", description="Best score, or score-weighted vote.")
+    select: Literal["max", "weighted"] = Field(
+        default="max", description="Best score, or score-weighted vote."
+    )
     verifier: VerifierChoice = Field(
         default=VerifierChoice(kind="likelihood"),
         description="Who judges: a kind from GET /v1/verifiers, or an object with its parameters.",
@@ -37,7 +41,10 @@ class BestOfN(Strategy):
         """Sample, judge, choose."""
         candidates = await ctx.sample_many(problem, self.n)
         verdicts = await ctx.verify(problem, candidates)
-        scores = {candidate.index: verdict.score for candidate, verdict in zip(candidates, verdicts, strict=True)}
+        scores = {
+            candidate.index: verdict.score
+            for candidate, verdict in zip(candidates, verdicts, strict=True)
+        }
         if self.select == "max":
             return ctx.choose(_best(candidates, scores), among=candidates, scores=scores)
         tally = Tally()

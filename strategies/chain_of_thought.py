@@ -23,8 +23,12 @@ class ChainOfThought(Strategy):
     )
 
     kind: Literal["chain_of_thought"] = "chain_of_thought"
-    trigger: str | None = Field(default=None, min_length=1, max_length=2_000, description="Words after the question.")
-    examples: tuple[Example, ...] = Field(default=(), max_length=32, description="Worked problems before it.")
+    trigger: str | None = Field(
+        default=None, min_length=1, max_length=2_000, description="Words after the question."
+    )
+    examples: tuple[Example, ...] = Field(
+        default=(), max_length=32, description="Worked problems before it."
+    )
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Sample once."""

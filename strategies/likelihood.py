@@ -22,9 +22,13 @@ class Likelihood(BaseModel):
     logprobs: ClassVar[int | None] = 0
 
     kind: Literal["likelihood"] = "likelihood"
-    over: Literal["sum", "mean", "min"] = Field(default="min", description="How token log-probabilities combine.")
+    over: Literal["sum", "mean", "min"] = Field(
+        default="min", description="How token log-probabilities combine."
+    )
 
-    async def judge(self, problem: Problem, candidates: Sequence[Candidate], ctx: Context) -> list[Verdict]:
+    async def judge(
+        self, problem: Problem, candidates: Sequence[Candidate], ctx: Context
+    ) -> list[Verdict]:
         """One score per candidate; with `min`, one per line as well."""
         return [self._verdict(candidate) for candidate in candidates]
 
@@ -49,7 +53,9 @@ class SelfCertainty(BaseModel):
 
     kind: Literal["self_certainty"] = "self_certainty"
 
-    async def judge(self, problem: Problem, candidates: Sequence[Candidate], ctx: Context) -> list[Verdict]:
+    async def judge(
+        self, problem: Problem, candidates: Sequence[Candidate], ctx: Context
+    ) -> list[Verdict]:
         """One score per candidate."""
         return [self._verdict(candidate) for candidate in candidates]
 

@@ -32,14 +32,22 @@ class SelfConsistency(Strategy):
     kind: Literal["self_consistency"] = "self_consistency"
     n: int = Field(default=16, ge=1, le=256, description="Samples to draw at most.")
     weight: Literal["none", "verifier"] = Field(
-        default="none", description="One vote a sample, or its verifier's score (`likelihood`: its own confidence)."
+        default="none",
+        description="One vote a sample, or its verifier's score (`likelihood`: its own confidence).",
     )
     verifier: VerifierChoice | None = Field(
-        default=None, description="Who weighs the votes; required for, and only for, weight `verifier`."
+        default=None,
+        description="Who weighs the votes; required for, and only for, weight `verifier`.",
     )
-    early_stop: StopRule = Field(default="unassailable", description="When the vote may end before its last sample.")
-    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="For early_stop `confidence`.")
-    window: int = Field(default=4, ge=2, le=64, description="Samples that must agree, for early_stop `window`.")
+    early_stop: StopRule = Field(
+        default="unassailable", description="When the vote may end before its last sample."
+    )
+    confidence: float = Field(
+        default=0.95, gt=0.5, lt=1.0, description="For early_stop `confidence`."
+    )
+    window: int = Field(
+        default=4, ge=2, le=64, description="Samples that must agree, for early_stop `window`."
+    )
     start: Literal["as_needed", "all"] = Field(
         default="as_needed",
         description="Start only as many samples as could decide the vote (fewest tokens), or all at once (soonest).",
@@ -50,7 +58,9 @@ class SelfConsistency(Strategy):
         if (self.weight == "verifier") != (self.verifier is not None):
             raise ValueError("'verifier' and weight 'verifier' go together")
         if self.weight == "verifier" and self.early_stop == "confidence":
-            raise ValueError("early_stop 'confidence' counts whole votes; with weight 'verifier' use another")
+            raise ValueError(
+                "early_stop 'confidence' counts whole votes; with weight 'verifier' use another"
+            )
         return self
 
     def judged_by(self) -> VerifierChoice | None:
@@ -84,7 +94,9 @@ class SelfConsistency(Strategy):
                         weight = scores[index] = verdict.score
                     place = None
                     if candidate.answer is not None:
-                        place = await ctx.answers.place(candidate.answer, tally.answers, ctx.answer_format)
+                        place = await ctx.answers.place(
+                            candidate.answer, tally.answers, ctx.answer_format
+                        )
                     counted = tally.count(place, candidate.answer, weight, index)
                     if counted is not None:
                         voters.setdefault(counted, []).append(candidate)
@@ -111,11 +123,15 @@ class SelfConsistency(Strategy):
             decided=over,
             scores=scores,
             votes=dict(zip(tally.answers, tally.weights, strict=True)),
-            confidence=majority_confidence(int(best), int(second)) if ranked and self.weight == "none" else None,
+            confidence=majority_confidence(int(best), int(second))
+            if ranked and self.weight == "none"
+            else None,
         )
 
     def _wanted(self, tally: Tally, coming: int) -> int:
         """How many more to start, when `coming` are started and not counted, so that the vote could be decided."""
         left = self.n - len(tally.recent)
-        needed = fewest_to_decide(self.early_stop, tally, left, confidence=self.confidence, window=self.window)
+        needed = fewest_to_decide(
+            self.early_stop, tally, left, confidence=self.confidence, window=self.window
+        )
         return needed - coming

@@ -24,7 +24,13 @@ class Muon(torch.optim.Optimizer):
         iterations: int = 5,
     ) -> None:
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "iterations": iterations,
+            },
         )
 
     @torch.no_grad()
@@ -34,7 +40,9 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
             for weight in group["params"]:
-                momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                momentum = self.state[weight].setdefault(
+                    "momentum_buffer", torch.zeros_like(weight)
+                )
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(momentum, group["momentum"])  # Nesterov
                 direction = orthogonalised(update, group["iterations"])

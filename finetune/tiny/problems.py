@@ -4,10 +4,13 @@ Two families. *Word* problems follow one quantity through 1 to 8 arithmetic step
 reach a target from three or four numbers, each used once, and so need search. Knows no tokenizer and no model.
 """
 
+import ast
 import random
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 from typing import Literal
@@ -68,8 +71,13 @@ def word_problem(rng: random.Random, steps: int) -> Item:
             if value + count * each > LARGEST:
                 continue
             verb = rng.choice(("buys", "gets"))
-            story.append(f"{pronoun} {verb} {count} {rng.choice(_CONTAINERS)} with {each} {thing} each.")
-            lines += [f"{count} * {each} = {count * each}", f"{value} + {count * each} = {value + count * each}"]
+            story.append(
+                f"{pronoun} {verb} {count} {rng.choice(_CONTAINERS)} with {each} {thing} each."
+            )
+            lines += [
+                f"{count} * {each} = {count * each}",
+                f"{value} + {count * each} = {value + count * each}",
+            ]
             value += count * each
             continue
         operator, operand, result = _change(rng, value)
@@ -79,8 +87,12 @@ def word_problem(rng: random.Random, steps: int) -> Item:
         value = result
     if rng.random() < 0.3:  # a fact that does not matter
         friend = rng.choice([name for name in _NAMES if name != owner])
-        story.insert(rng.randint(1, len(story)), f"{friend} has {rng.randint(2, 99)} {rng.choice(_THINGS)}.")
-    story.append(f"How many {thing} does {owner} have {rng.choice(('now', 'at the end', 'in the end'))}?")
+        story.insert(
+            rng.randint(1, len(story)), f"{friend} has {rng.randint(2, 99)} {rng.choice(_THINGS)}."
+        )
+    story.append(
+        f"How many {thing} does {owner} have {rng.choice(('now', 'at the end', 'in the end'))}?"
+    )
     return Item(
         family="word",
         steps=steps,
@@ -102,7 +114,9 @@ def countdown_problem(rng: random.Random, count: int) -> Item:
     expressions = [(number, str(number)) for number in state]
     lines: list[str] = []
     while len(state) > 1:
-        left, operator, right, state = rng.choice([m for m in moves(state) if solvable(m[3], target)])
+        left, operator, right, state = rng.choice(
+            [m for m in moves(state) if solvable(m[3], target)]
+        )
         result = apply(left, operator, right)
         written = f"{_operand(expressions, left)} {operator} {_operand(expressions, right)}"
         expressions.append((result, written))
@@ -122,7 +136,12 @@ def countdown_problem(rng: random.Random, count: int) -> Item:
 
 
 def draw(
-    rng: random.Random, *, held_out: bool, family: Family | None = None, steps: int | None = None, longest: int = 8
+    rng: random.Random,
+    *,
+    held_out: bool,
+    family: Family | None = None,
+    steps: int | None = None,
+    longest: int = 8,
 ) -> Item:
     """Draw one item from the training or the test side; countdown takes `steps` 2 or 3, word 1 to `longest`."""
     while True:
@@ -154,6 +173,49 @@ def training_items(rng: random.Random, longest: int = 8) -> Iterator[tuple[str |
         item = draw(rng, held_out=False, longest=longest)
         prompt = item.prompt + INSTRUCTION if rng.random() < 0.1 else item.prompt
         yield rng.choice(SYSTEM) if rng.random() < 0.1 else None, prompt, item.solution
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{}` without inner braces."""
+    found = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    return found[-1].strip() if found else None
+
+
+def grade(item: Item, text: str) -> bool:
+    """Whether a solution's boxed answer is right; a countdown answer must use each number exactly once."""
+    answer = boxed(text)
+    if answer is None:
+        return False
+    if item.family == "word":
+        return answer == item.answer
+    used = sorted(int(number) for number in re.findall(r"\d+", answer))
+    return used == sorted(item.numbers) and value_of(answer) == item.target
+
+
+def value_of(expression: str) -> Fraction | None:
+    """The exact value of + - * / over whole numbers; None for anything else, or a division by zero."""
+    if len(expression) > 100 or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
+        return None
+    try:
+        return _value(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _value(node: ast.expr) -> Fraction:
+    match node:
+        case ast.Constant(value=int(number)):
+            return Fraction(number)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _value(left) + _value(right)
+        case ast.BinOp(left=left, op=ast.Sub(), right=right):
+            return _value(left) - _value(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _value(left) * _value(right)
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return _value(left) / _value(right)
+        case _:
+            raise ValueError("not arithmetic")
 
 
 # Countdown's arithmetic: whole numbers only, the larger operand first, nothing above 199.
@@ -229,7 +291,9 @@ def _change(rng: random.Random, value: int) -> tuple[str, int, int]:
             return operator, operand, result
 
 
-def _sentences(operator: str, operand: int, owner: str, pronoun: str, friend: str, thing: str) -> tuple[str, ...]:
+def _sentences(
+    operator: str, operand: int, owner: str, pronoun: str, friend: str, thing: str
+) -> tuple[str, ...]:
     match operator:
         case "+":
             return (

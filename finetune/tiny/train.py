@@ -52,14 +52,23 @@ class Recipe:
 
 def main() -> None:
     """Parse the recipe, then train with one process a core."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
-    parser.add_argument("--work", type=Path, default=Path("runs/mull-tiny"), help="where checkpoints go")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/mull-tiny"), help="where checkpoints go"
+    )
     parser.add_argument("--save-every", type=int, default=200, metavar="STEPS")
     defaults = Recipe()
     for name in Recipe.__slots__:
         value = getattr(defaults, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default %(default)s")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(value),
+            default=value,
+            help="default %(default)s",
+        )
     options = vars(parser.parse_args())
     out, work, save_every = options.pop("out"), options.pop("work"), options.pop("save_every")
     recipe = Recipe(**options)
@@ -89,7 +98,9 @@ def _train(rank: int, recipe: Recipe, out: Path, work: Path, save_every: int, po
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)  # tensors and numbers only, never code
         if saved["recipe"] != repr(recipe):
-            raise SystemExit(f"{checkpoint} was made by another recipe: {saved['recipe']}; choose another --work")
+            raise SystemExit(
+                f"{checkpoint} was made by another recipe: {saved['recipe']}; choose another --work"
+            )
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -115,7 +126,10 @@ def _train(rank: int, recipe: Recipe, out: Path, work: Path, save_every: int, po
         tokens += int(count)
         smooth = loss.item() if smooth == 0 else 0.95 * smooth + 0.05 * loss.item()
         seconds = time.monotonic() - started
-        bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / 1e6:.2f} M tokens, {tokens / seconds:,.0f}/s", refresh=False)
+        bar.set_postfix_str(
+            f"loss {smooth:.3f}, {tokens / 1e6:.2f} M tokens, {tokens / seconds:,.0f}/s",
+            refresh=False,
+        )
         bar.update()
         if rank == 0 and (step + 1) % save_every == 0:
             state = {
@@ -132,7 +146,9 @@ def _train(rank: int, recipe: Recipe, out: Path, work: Path, save_every: int, po
         bar.close()
         _save(model, tokenizer, recipe, out)
         seconds = time.monotonic() - started
-        print(f"{recipe}: {tokens / 1e6:.2f} M tokens in {seconds / 60:.1f} min, last loss {smooth:.3f} -> {out}")
+        print(
+            f"{recipe}: {tokens / 1e6:.2f} M tokens in {seconds / 60:.1f} min, last loss {smooth:.3f} -> {out}"
+        )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -170,13 +186,17 @@ def _batches(
         rng = random.Random(f"pool {recipe.seed} {pool} {rank}")
         encoded: list[tuple[list[int], list[int]]] = []
         longest = 3 if pool * BATCHES_PER_POOL < recipe.curriculum else 8
-        for system, prompt, solution in islice(training_items(rng, longest), recipe.batch * BATCHES_PER_POOL):
+        for system, prompt, solution in islice(
+            training_items(rng, longest), recipe.batch * BATCHES_PER_POOL
+        ):
             asked = tokenizer(tokenizers.render(system, prompt)).input_ids
             solved = tokenizer(solution + tokenizers.END).input_ids
             encoded.append((asked, solved))
         encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         batches = [encoded[i : i + recipe.batch] for i in range(0, len(encoded), recipe.batch)]
-        random.Random(f"order {recipe.seed} {pool}").shuffle(batches)  # the same on all ranks: equal lengths
+        random.Random(f"order {recipe.seed} {pool}").shuffle(
+            batches
+        )  # the same on all ranks: equal lengths
         for batch in batches[skip:]:
             yield _pad(batch, tokenizer.pad_token_id)
         pool, skip = pool + 1, 0
@@ -193,7 +213,9 @@ def _pad(batch: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tens
     return inputs, labels
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path) -> None:
+def _save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path
+) -> None:
     half = model.to(torch.bfloat16)
     half.generation_config = GenerationConfig(
         do_sample=True,

@@ -4,7 +4,10 @@ from typing import Any
 
 from fastapi import Request
 from starlette.responses import JSONResponse
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+)
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
@@ -15,7 +18,9 @@ class Chat:
     fields = frozenset(ChatCompletionRequest.model_fields)
     """What a chat request may hold."""
 
-    async def complete(self, body: dict[str, Any], raw_request: Request) -> dict[str, Any] | JSONResponse:
+    async def complete(
+        self, body: dict[str, Any], raw_request: Request
+    ) -> dict[str, Any] | JSONResponse:
         """A whole reply as JSON, or vLLM's refusal. A client that leaves aborts it.
 
         Raises:
@@ -31,4 +36,6 @@ class Chat:
 
 @with_cancellation
 async def _complete(request: ChatCompletionRequest, raw_request: Request) -> Any:
-    return await raw_request.app.state.openai_serving_chat.create_chat_completion(request, raw_request)
+    return await raw_request.app.state.openai_serving_chat.create_chat_completion(
+        request, raw_request
+    )

@@ -27,7 +27,12 @@ class Reasoner:
     """A `generate` in place of the engine's own."""
 
     def __init__(
-        self, generate: Generate, *, sandbox: Sandbox, answers: Answers, adapter: Callable[[str], LoRARequest]
+        self,
+        generate: Generate,
+        *,
+        sandbox: Sandbox,
+        answers: Answers,
+        adapter: Callable[[str], LoRARequest],
     ) -> None:
         self._inner = generate
         self._sandbox = sandbox
@@ -44,7 +49,9 @@ class Reasoner:
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked)
 
-    async def _search(self, selection: Selection, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+    async def _search(
+        self, selection: Selection, asked: Asked
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Run the strategy. A stream gets the winner's pieces from the moment that nothing else can win."""
         problem = _problem(asked, selection.question)
         engine = LocalEngine(self._inner, asked, self._adapter)
@@ -76,7 +83,11 @@ class Reasoner:
         if not ended:
             last = twin(engine.outputs[outcome.chosen.index])
             if committed is not None:  # its pieces are with the client; a deadline cut off the end
-                last.outputs[0].text, last.outputs[0].token_ids, last.outputs[0].logprobs = "", [], None
+                last.outputs[0].text, last.outputs[0].token_ids, last.outputs[0].logprobs = (
+                    "",
+                    [],
+                    None,
+                )
             yield _as(last, asked, finish=outcome.chosen.finish_reason)
 
 

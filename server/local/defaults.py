@@ -1,51 +1,58 @@
-"""What `mull serve` adds to the command line, and to the environment, before vLLM is imported."""
+"""What Mull sets where the operator does not: the environment before vLLM is imported, flags after."""
 
 import platform
+from argparse import ArgumentParser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from models import MULL_TINY
-from server.settings import embedded_model_offline, prepare_vllm
+from server.settings import prepare_vllm
 
 _EMBEDDED = {
-    "--served-model-name": "mull-tiny",
-    "--enforce-eager": None,  # compiling for a model this small costs more than it saves
-    "--kv-cache-memory-bytes": str(256 << 20),
-    "--max-num-seqs": "128",
+    "served_model_name": ["mull-tiny"],
+    "enforce_eager": True,  # compiling for a model this small costs more than it saves
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_num_seqs": 128,
 }
 _ALWAYS = {
-    "--host": "127.0.0.1",
-    "--scheduling-policy": "priority",
-    "--max-num-queued-reqs": "4096",
-    "--enable-prompt-tokens-details": None,
+    "host": "127.0.0.1",
+    "model": str(MULL_TINY),
+    "scheduling_policy": "priority",
+    "max_num_queued_reqs": 4096,
+    "enable_prompt_tokens_details": True,
 }
 _CPU = {
-    "--block-size": "32",  # with vLLM's 128, a short prompt never fills a block of the prefix cache
-    "--worker-extension-cls": "server.local.cpu.Guard",
+    "block_size": 32,  # with vLLM's 128, a short prompt never fills a block of the prefix cache
+    "worker_extension_cls": "server.local.cpu.Guard",
 }
-_PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+_PARALLEL = {
+    "--tensor-parallel-size",
+    "-tp",
+    "--pipeline-parallel-size",
+    "-pp",
+    "--data-parallel-size",
+    "-dp",
+}
 
 
-def arguments(given: list[str]) -> list[str]:
-    """The full command line for vLLM's parser; whatever the operator gave stays. Prepares the environment."""
-    if given == ["--help=all"]:
-        return ["--help=all"]
-    embedded = not given or given[0].startswith("-")
-    if embedded and "--model" in _names(given):
-        embedded = False
-    wanted = dict(_ALWAYS)
-    if embedded:
-        wanted |= _EMBEDDED
-        embedded_model_offline()
-    cpu = on_cpu()
-    if cpu:
-        wanted |= _CPU
+def environment(given: list[str]) -> None:
+    """Prepare the environment for a command line, before vLLM is imported."""
+    names = {part.split("=", 1)[0].replace("_", "-") for part in given}
+    prepare_vllm(cpu=on_cpu(), single_worker=not names & _PARALLEL)
+
+
+def flags(parser: ArgumentParser) -> None:
+    """Make Mull's defaults those of vLLM's parser; without a model, that is the embedded one."""
+    parser.set_defaults(**_ALWAYS)
+    if on_cpu():
+        parser.set_defaults(**_CPU)
         if not has_bfloat16():
-            wanted["--dtype"] = "float32"
-    prepare_vllm(cpu=cpu, single_worker=not any(name in _names(given) for name in _PARALLEL))
-    names = _names(given)
-    added = [part for name, value in wanted.items() if name not in names for part in (name, value) if part is not None]
-    return ([str(MULL_TINY)] if embedded else []) + given + added
+            parser.set_defaults(dtype="float32")
+
+
+def embedded_flags(parser: ArgumentParser) -> None:
+    """Further defaults for the embedded model."""
+    parser.set_defaults(**_EMBEDDED)
 
 
 def on_cpu() -> bool:
@@ -62,11 +69,5 @@ def has_bfloat16() -> bool:
     if platform.machine() in ("arm64", "aarch64"):
         return True
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _names(given: list[str]) -> set[str]:
-    """The flags given, `--no-x` counted as `--x`, with either spelling of the words' separator."""
-    names = {part.split("=", 1)[0].replace("_", "-") for part in given if part.startswith("-")}
-    return names | {f"--{name[5:]}" for name in names if name.startswith("--no-")}
+    known = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in known or "amx_bf16" in known

@@ -33,7 +33,9 @@ class Asked:
 class LocalEngine:
     """vLLM in this process, for one request: every sample inherits what the client asked."""
 
-    def __init__(self, generate: Generate, asked: Asked, adapter: Callable[[str], LoRARequest]) -> None:
+    def __init__(
+        self, generate: Generate, asked: Asked, adapter: Callable[[str], LoRARequest]
+    ) -> None:
         self._generate = generate
         self._asked = asked
         self._adapter = adapter
@@ -59,7 +61,9 @@ class LocalEngine:
                 async for piece in pieces:
                     yield self._chunk(generation, piece)
         except EngineDeadError as error:
-            raise EngineUnavailable("the engine died; a new one is being started, try again") from error
+            raise EngineUnavailable(
+                "the engine died; a new one is being started, try again"
+            ) from error
 
     def _params(self, generation: Generation) -> SamplingParams:
         asked = self._asked.params
@@ -83,12 +87,16 @@ class LocalEngine:
         pieces: tuple[str, ...] = ()
         top: tuple[tuple[float, ...], ...] = ()
         if generation.logprobs is not None and output.logprobs is not None:
-            chosen = [at[token] for at, token in zip(output.logprobs, output.token_ids, strict=True)]
+            chosen = [
+                at[token] for at, token in zip(output.logprobs, output.token_ids, strict=True)
+            ]
             logprobs = tuple(one.logprob for one in chosen)
             pieces = tuple(one.decoded_token or "" for one in chosen)
             if generation.logprobs > 0:
                 top = tuple(
-                    tuple(one.logprob for one in at.values() if (one.rank or 0) <= generation.logprobs)
+                    tuple(
+                        one.logprob for one in at.values() if (one.rank or 0) <= generation.logprobs
+                    )
                     for at in output.logprobs
                 )
         return Chunk(
@@ -123,7 +131,7 @@ def twin(piece: RequestOutput) -> RequestOutput:
 
 
 def _finish(reason: str | None) -> Any:
-    """vLLM's reasons are ours, but for its errors, which never pass as an answer."""
+    """Take over vLLM's reason, but for its errors, which never pass as an answer."""
     if reason not in (None, "stop", "length", "abort"):
         raise EngineUnavailable(f"the engine ended a sample with '{reason}'")
     return reason

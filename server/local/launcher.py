@@ -5,14 +5,13 @@ stays open and answers 503 until the new one is ready.
 """
 
 import asyncio
+import os
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any
 
 import uvicorn
 from starlette.responses import JSONResponse
@@ -27,8 +26,11 @@ from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from server.local import cpu
+from models import MULL_TINY
+from server.local import cpu, defaults
 from server.settings import Settings, fork_workers
+from strategies.core.aio import Background
+from strategies.core.sandbox import Sandbox
 
 Progress = Callable[[str], None]
 
@@ -37,9 +39,16 @@ _HEALTH_SECONDS = 0.5
 
 
 def parse(argv: list[str]) -> Namespace:
-    """vLLM's arguments, read by vLLM's parser; it exits with a message where they are wrong."""
-    parser = FlexibleArgumentParser(prog="mull serve", description="Serve a model as a reasoning server.")
-    args = make_arg_parser(parser).parse_args(argv)
+    """Read vLLM's arguments with vLLM's parser; it exits with a message where they are wrong."""
+    parser = FlexibleArgumentParser(
+        prog="mull serve", description="Serve a model as a reasoning server."
+    )
+    parser = make_arg_parser(parser)
+    defaults.flags(parser)
+    args = parser.parse_args(argv)
+    if args.model_tag is None and args.model == str(MULL_TINY):
+        defaults.embedded_flags(parser)
+        args = parser.parse_args(argv)
     args.model = args.model_tag or args.model
     validate_parsed_serve_args(args)
     return args
@@ -54,27 +63,23 @@ async def serve(args: Namespace, settings: Settings, progress: Progress) -> int:
     address, sock = setup_server(args, reuse_port=False)
     door = Door()
     server = NoSignalServer(_uvicorn(args, door))
-    serving = loop.create_task(server.serve(sockets=[sock]))  # noqa: TID251 - the process's own life, no request's
-    status = 0
-    try:
-        for life in range(settings.engine_restarts + 1):
-            began = time.monotonic()
-            async with AsyncExitStack() as stack:
-                engine = await _start(args, server, door, stack, progress)
-                progress(f"ready on {address} after {time.monotonic() - began:.1f} s")
-                died = await _until_over(engine, stopping, serving)
-                if died and life < settings.engine_restarts:
-                    progress("the engine died; starting a new one")
-            if not died:
-                break
-        else:
+    async with Background(server.serve(sockets=[sock])) as serving:
+        try:
+            for _ in range(settings.engine_restarts + 1):
+                began = time.monotonic()
+                async with AsyncExitStack() as stack:
+                    engine = await _start(args, server, door, stack, progress)
+                    progress(f"ready on {address} after {time.monotonic() - began:.1f} s")
+                    died = await _until_over(engine, stopping, serving)
+                if not died:
+                    return 0
+                progress("the engine died")
             progress(f"the engine died {settings.engine_restarts + 1} times; giving up")
-            status = 1
-    finally:
-        server.should_exit = True
-        await serving
-        sock.close()
-    return status
+            return 1
+        finally:
+            server.should_exit = True
+            await serving
+            sock.close()
 
 
 class Door:
@@ -90,8 +95,15 @@ class Door:
         elif self.app is not None:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            error = {"message": "the engine is starting", "type": "service_unavailable", "param": None, "code": 503}
-            await JSONResponse({"error": error}, status_code=503, headers={"Retry-After": "5"})(scope, receive, send)
+            error = {
+                "message": "the engine is starting",
+                "type": "service_unavailable",
+                "param": None,
+                "code": 503,
+            }
+            await JSONResponse({"error": error}, status_code=503, headers={"Retry-After": "5"})(
+                scope, receive, send
+            )
 
 
 async def _own_lifespan(receive: Receive, send: Send) -> None:
@@ -118,22 +130,27 @@ async def _start(
     )
     stack.callback(engine.shutdown, timeout=max(15, config.shutdown_timeout))
     if on_cpu:
-        await engine.collective_rpc("guard")
+        await engine.collective_rpc("guard", args=(os.getpid(),))
     progress("building the API")
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     app.state.server = server
     await init_app_state(engine, app.state, args, tasks)
-    sandbox: Any = getattr(app.state, "sandbox", None)
-    if sandbox is not None:
-        stack.push_async_callback(sandbox.close)
+    sandbox: Sandbox | None = getattr(app.state, "sandbox", None)
+    if sandbox is None:  # vLLM logs a plugin's failure and carries on; a Mull server must not
+        raise SystemExit(
+            "mull: the plugin did not load; the reason is in the log above, and see: mull doctor"
+        )
+    stack.push_async_callback(sandbox.close)
     await stack.enter_async_context(app.router.lifespan_context(app))
     door.app = app
     stack.callback(setattr, door, "app", None)
     return engine
 
 
-async def _until_over(engine: AsyncLLM, stopping: asyncio.Event, serving: "asyncio.Task[None]") -> bool:
+async def _until_over(
+    engine: AsyncLLM, stopping: asyncio.Event, serving: "asyncio.Task[None]"
+) -> bool:
     """Wait for a signal, the server's end, or the engine's death; say whether the engine died."""
     while not (stopping.is_set() or serving.done()):
         if engine.errored:
@@ -159,8 +176,3 @@ def _uvicorn(args: Namespace, door: Door) -> uvicorn.Config:
         ssl_cert_reqs=args.ssl_cert_reqs,
         ssl_ciphers=args.ssl_ciphers,
     )
-
-
-def say(text: str) -> None:
-    """The progress line: one line a step, on stderr."""
-    print(f"mull: {text}", file=sys.stderr, flush=True)

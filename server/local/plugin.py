@@ -37,9 +37,13 @@ class Plugin:
         app.include_router(routes.router)
         app.add_exception_handler(MullError, handle)
         app.add_exception_handler(EngineDeadError, _engine_died)
-        app.add_middleware(Choosing, models=self.models, max_body_bytes=self._settings.max_body_bytes)
+        app.add_middleware(
+            Choosing, models=self.models, max_body_bytes=self._settings.max_body_bytes
+        )
 
-    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
         """Let the engine reason."""
         assert engine_client is not None
         self._state = state
@@ -59,7 +63,9 @@ class Plugin:
         return {model.name for model in served.base_model_paths} | set(served.lora_requests)
 
     def _adapter(self, name: str) -> LoRARequest:
-        known: dict[str, LoRARequest] = {} if self._state is None else self._state.openai_serving_models.lora_requests
+        known: dict[str, LoRARequest] = (
+            {} if self._state is None else self._state.openai_serving_models.lora_requests
+        )
         if name not in known:
             raise InvalidRequest(f"there is no adapter '{name}'", field="adapter")
         return known[name]

@@ -57,7 +57,9 @@ async def verifiers() -> dict[str, Any]:
 async def solve(kind: str, request: Request) -> Response:
     """Run a strategy. The body holds model, messages, sampling fields, budget, and the strategy's own fields."""
     if kind not in STRATEGIES:
-        raise InvalidRequest(f"there is no strategy '{kind}'; {nearest(kind, list(STRATEGIES))}", field="kind")
+        raise InvalidRequest(
+            f"there is no strategy '{kind}'; {nearest(kind, list(STRATEGIES))}", field="kind"
+        )
     try:
         body: Any = await request.json()
     except (ValueError, RecursionError):
@@ -66,11 +68,14 @@ async def solve(kind: str, request: Request) -> Response:
         raise InvalidRequest("the body must be a JSON object")
     fields: dict[str, Any] = body
     own = STRATEGIES[kind].model_fields
-    strategy = parse({"kind": kind} | {name: fields[name] for name in fields if name in own}, inside="")
+    strategy = parse(
+        {"kind": kind} | {name: fields[name] for name in fields if name in own}, inside=""
+    )
     rest = {name: value for name, value in fields.items() if name not in own and name != "budget"}
     if rest.get("stream"):
         raise InvalidRequest(
-            "this route answers when the search is over; stream by /v1/chat/completions", field="stream"
+            "this route answers when the search is over; stream by /v1/chat/completions",
+            field="stream",
         )
     chat = request.app.state.chat
     if (unknown := next((name for name in rest if name not in chat.fields), None)) is not None:
@@ -91,4 +96,6 @@ async def solve(kind: str, request: Request) -> Response:
         return reply
     run = selection.runs[-1]
     spent = run.trace.usage(run.outcome.chosen.index if run.outcome else None)
-    return JSONResponse(native(run, selection, model=reply["model"], usage=exact(reply["usage"], spent)))
+    return JSONResponse(
+        native(run, selection, model=reply["model"], usage=exact(reply["usage"], spent))
+    )

@@ -19,14 +19,15 @@ class Group:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, T], done: Callable[[asyncio.Task[T]], None]) -> None:
-        """Run `work` beside the block; `done` is called with the finished task unless it was cancelled."""
+        """Run `work` beside the block; `done` is called with the task once it has ended."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
 
         def finished(task: asyncio.Task[T]) -> None:
             self._tasks.discard(task)
             if not task.cancelled():
-                done(task)
+                task.exception()  # retrieved, so that it is not reported as lost
+            done(task)
 
         task.add_done_callback(finished)
 
@@ -34,7 +35,10 @@ class Group:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await _cancel(*self._tasks)
 
@@ -60,7 +64,10 @@ class Arrivals(Generic[T]):
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self._group.__aexit__(kind, error, trace)
 
@@ -72,6 +79,8 @@ class Arrivals(Generic[T]):
             raise StopAsyncIteration
         task = await self._queue.get()
         self.pending -= 1
+        if task.cancelled():  # not by us, and not to be taken for a client that went away
+            raise RuntimeError("the work was cancelled from inside")
         return task.result()
 
 
@@ -86,7 +95,10 @@ class Background(Generic[T]):
         return self._task
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await _cancel(self._task)
 

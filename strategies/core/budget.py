@@ -42,7 +42,9 @@ class Budget:
 
     __slots__ = ("_clock", "_limits", "_samples", "_started", "reserved", "spent")
 
-    def __init__(self, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._limits = limits or Limits()
         self._clock = clock
         self._started = clock()
@@ -55,7 +57,11 @@ class Budget:
     @property
     def left(self) -> int | None:
         """Tokens neither spent nor reserved; None without a limit."""
-        return None if self._limits.tokens is None else self._limits.tokens - self.spent - self.reserved
+        return (
+            None
+            if self._limits.tokens is None
+            else self._limits.tokens - self.spent - self.reserved
+        )
 
     @property
     def samples_left(self) -> int | None:
@@ -65,7 +71,11 @@ class Budget:
     @property
     def seconds_left(self) -> float | None:
         """Seconds until the deadline, negative after it; None without a limit."""
-        return None if self._limits.seconds is None else self._started + self._limits.seconds - self._clock()
+        return (
+            None
+            if self._limits.seconds is None
+            else self._started + self._limits.seconds - self._clock()
+        )
 
     def share(self, parts: int) -> int | None:
         """An equal share of the tokens left for each of `parts` calls started together; None without a limit.

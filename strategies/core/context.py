@@ -11,7 +11,18 @@ from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
 from strategies.core.engine import Engine
 from strategies.core.errors import NoCandidate, VerifierFailed
-from strategies.core.events import Aborted, Chosen, Committed, Event, Grown, Noted, Sampled, Scored, Started, Voted
+from strategies.core.events import (
+    Aborted,
+    Chosen,
+    Committed,
+    Event,
+    Grown,
+    Noted,
+    Sampled,
+    Scored,
+    Started,
+    Voted,
+)
 from strategies.core.sandbox import Sandbox
 from strategies.core.types import (
     Candidate,
@@ -38,7 +49,9 @@ class Verifier(Protocol):
         """The log-probabilities that it needs of each sample, as in `Generation.logprobs`."""
         ...
 
-    async def judge(self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context") -> Sequence[Verdict]:
+    async def judge(
+        self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context"
+    ) -> Sequence[Verdict]:
         """One verdict per candidate, in order. Whatever it generates, it reserves from `ctx.budget`.
 
         Raises:
@@ -148,7 +161,10 @@ class Sampling:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self._arrivals.__aexit__(kind, error, trace)
 
@@ -166,7 +182,9 @@ class Sampling:
                 pass
         except StopAsyncIteration:
             if self._usable == 0:
-                raise NoCandidate("the budget ran out before the first sample had a single token") from None
+                raise NoCandidate(
+                    "the budget ran out before the first sample had a single token"
+                ) from None
             raise
         self._usable += 1
         return candidate
@@ -187,7 +205,9 @@ class Sampling:
             self._ctx.fell_short("exhausted")
         share = budget.share(n) if n > 0 else None
         for _ in range(n):
-            allowed = self._problem.max_tokens if share is None else min(self._problem.max_tokens, share)
+            allowed = (
+                self._problem.max_tokens if share is None else min(self._problem.max_tokens, share)
+            )
             lease = budget.reserve(allowed)
             if lease is None:
                 break
@@ -211,7 +231,9 @@ class Sampling:
             await self._collect(generation, sequence)
             if sequence.finish_reason is not None:
                 candidate = sequence.finished(
-                    index, sequence.finish_reason, await ctx.answers.extract(sequence.text, ctx.answer_format)
+                    index,
+                    sequence.finish_reason,
+                    await ctx.answers.extract(sequence.text, ctx.answer_format),
                 )
             return candidate
         finally:

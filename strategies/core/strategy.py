@@ -46,7 +46,9 @@ class Strategy(BaseModel, ABC):
     """Authors, year, title, and arXiv number."""
 
     kind: str
-    answer: AnswerFormat = Field(default=AnswerFormat(), description="How answers are read and compared.")
+    answer: AnswerFormat = Field(
+        default=AnswerFormat(), description="How answers are read and compared."
+    )
 
     @abstractmethod
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:

@@ -1,4 +1,4 @@
-"""Fakes for tests: an engine with a script, a verifier with an opinion, a context that remembers."""
+"""Fakes for tests: an engine with a script, a verifier with a view, a context with a memory."""
 
 import asyncio
 import re
@@ -34,7 +34,7 @@ def surprise(piece: str) -> float:
 
 
 class FakeEngine:
-    """An `Engine` that writes what it is told to, one token a chunk, and counts what is asked of it.
+    """An `Engine` that writes what it is told to, a token a chunk, and counts what it is asked.
 
     `texts` are cycled by the generation's index, or made by a function of the generation. Before
     each token it sleeps `delay(index)` seconds. `failures` are raised instead of a token, by number
@@ -124,7 +124,7 @@ def _likeliest(logprob: float, k: int) -> tuple[float, ...]:
 
 
 class FakeVerifier:
-    """A `Verifier` whose scores come from a function of the candidate, after `seconds` of thought."""
+    """A `Verifier` that scores by a function of the candidate, after `seconds` of thought."""
 
     def __init__(
         self,
@@ -178,7 +178,13 @@ def context(
     answer_format: AnswerFormat | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> RecordingContext:
-    """A context for one run: `async with context(engine) as ctx: await strategy.solve(problem, ctx)`."""
+    """A context for one run.
+
+    Example:
+        async with context(engine, limits=Limits(tokens=100)) as ctx:
+            outcome = await strategy.solve(problem, ctx)
+        print(outcome.chosen.text, ctx.events)
+    """
     events: list[Event] = []
     sandbox = Sandbox()
     ctx = RecordingContext(

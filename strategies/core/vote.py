@@ -35,7 +35,9 @@ class Tally:
 
     def ranked(self) -> list[int]:
         """Places of the answers, best first; a tie goes to the answer with the earliest sample."""
-        return sorted(range(len(self.answers)), key=lambda place: (-self.weights[place], self.first[place]))
+        return sorted(
+            range(len(self.answers)), key=lambda place: (-self.weights[place], self.first[place])
+        )
 
     @property
     def lead(self) -> tuple[float, float]:
@@ -55,17 +57,24 @@ def unassailable(best: float, second: float, left: int) -> bool:
     return best - second > left
 
 
-def fewest_to_decide(rule: StopRule, tally: Tally, left: int, *, confidence: float, window: int) -> int:
+def fewest_to_decide(
+    rule: StopRule, tally: Tally, left: int, *, confidence: float, window: int
+) -> int:
     """The smallest number of further samples after which the vote could be over; at most `left`."""
     best, second = tally.lead
     if rule == "never":
         return left
     if rule == "window":
-        return min(left, window - len(tally.recent) % window)
+        current = tally.recent[len(tally.recent) // window * window :]
+        spoiled = None in current or len(set(current)) > 1
+        return min(left, window - len(current) + window * spoiled)
     for more in range(1, left):
         if rule == "unassailable" and unassailable(best + more, second, left - more):
             return more
-        if rule == "confidence" and majority_confidence(int(best) + more, int(second)) >= confidence:
+        if (
+            rule == "confidence"
+            and majority_confidence(int(best) + more, int(second)) >= confidence
+        ):
             return more
     return left
 

@@ -1,0 +1,1 @@
+"""Who judges candidates: rules, reward models, adapters and language models."""

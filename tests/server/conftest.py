@@ -1,0 +1,88 @@
+"""One real server for all the tests of this folder, on the embedded model."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all its descendants."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    def wait_healthy(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not healthy(self.url):
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < deadline, (
+                f"not ready in {seconds} s: {self.log.read_text()[-4000:]}"
+            )
+            time.sleep(0.1)
+
+
+def healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@contextlib.contextmanager
+def serving(log: Path, *flags: str, **environment: str) -> Iterator[Served]:
+    """`mull serve` on a free port of 127.0.0.1; its whole family is gone afterwards."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "mull"), "serve", "--port", str(port), *flags]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=sink, env=os.environ | environment, start_new_session=True
+        )
+    served = Served(f"http://127.0.0.1:{port}", process, log)
+    try:
+        served.wait_healthy(180)
+        yield served
+    finally:
+        family = served.family() if process.poll() is None else []
+        process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=40)
+        for one in alive:
+            one.kill()
+        process.wait(10)
+
+
+@pytest.fixture
+def serve():
+    """The context manager itself, for tests that need a server of their own."""
+    return serving
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("server") / "log") as served:
+        yield served
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client

@@ -1,0 +1,175 @@
+"""A request that names no strategy gives what vLLM's own server gives; and that server takes our plugin."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models import MULL_TINY
+from server.local.defaults import has_bfloat16
+
+FLAGS = [
+    "--model", str(MULL_TINY), "--served-model-name", "mull-tiny", "--enforce-eager", "--host", "127.0.0.1",
+    "--dtype", "auto" if has_bfloat16() else "float32", "--block-size", "32", "--enable-prompt-tokens-details",
+    "--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", "128",
+]  # fmt: skip
+MESSAGES = [
+    {
+        "role": "user",
+        "content": "Tom has 12 apples. He finds 7 more. How many apples does Tom have now?",
+    }
+]
+
+
+@contextlib.contextmanager
+def vllm(log: Path, plugins: str) -> Iterator[str]:
+    """vLLM's own API server, started by vLLM's own launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "VLLM_PLUGINS": plugins, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.launchers.api_server.entry",
+        "--port",
+        str(port),
+        *FLAGS,
+    ]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=sink, env=environment, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.3)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(40)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+SAMPLING: dict[str, Any] = {"model": "mull-tiny", "seed": 11, "temperature": 0.9}
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (
+        "/v1/chat/completions",
+        SAMPLING | {"messages": MESSAGES, "max_tokens": 80, "n": 2, "logprobs": True},
+    ),
+    "completions": ("/v1/completions", SAMPLING | {"prompt": "Step 1: 3 + 4 =", "max_tokens": 20}),
+    "responses": (
+        "/v1/responses",
+        {"model": "mull-tiny", "temperature": 0, "input": MESSAGES, "max_output_tokens": 80},
+    ),
+    "messages": (
+        "/v1/messages",
+        {"model": "mull-tiny", "temperature": 0, "messages": MESSAGES, "max_tokens": 80},
+    ),
+    "tokenize": ("/tokenize", {"model": "mull-tiny", "messages": MESSAGES}),
+    "unknown model": ("/v1/chat/completions", {"model": "nobody", "messages": MESSAGES}),
+    "bad temperature": (
+        "/v1/chat/completions",
+        SAMPLING | {"messages": MESSAGES, "temperature": -1},
+    ),
+}
+VOLATILE = {
+    "id",
+    "created",
+    "created_at",
+    "item_id",
+    "request_id",
+    "completed_at",
+    "input_messages",
+    "output_messages",
+}
+
+
+def stable(value: Any) -> Any:
+    """A reply without what differs from request to request."""
+    if isinstance(value, dict):
+        return {key: stable(inner) for key, inner in value.items() if key not in VOLATILE}
+    return [stable(inner) for inner in value] if isinstance(value, list) else value
+
+
+def events(text: str) -> list[Any]:
+    import json
+
+    data = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    return [stable(json.loads(one)) if one.startswith("{") else one for one in data]
+
+
+def joined(chunks: list[Any]) -> str:
+    """The text of a stream; how many tokens share a chunk depends on timing."""
+    text = ""
+    for chunk in chunks:
+        if not isinstance(chunk, dict):
+            continue
+        for choice in chunk.get("choices", []):
+            text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        delta = chunk.get("delta")
+        text += (
+            delta
+            if isinstance(delta, str)
+            else (delta or {}).get("text", "")
+            if chunk.get("type", "").endswith("delta")
+            else ""
+        )
+    return text
+
+
+@pytest.mark.slow
+def test_no_strategy_is_bare_vllm_and_the_plugin_reasons_there(server, tmp_path):
+    with vllm(tmp_path / "bare.log", "none") as bare:
+        for name, (path, body) in REQUESTS.items():
+            theirs, ours = (
+                httpx.post(f"{url}{path}", json=body, timeout=120) for url in (bare, server.url)
+            )
+            assert ours.status_code == theirs.status_code, name
+            assert stable(ours.json()) == stable(theirs.json()), name
+        for name in ("chat", "completions", "responses", "messages"):
+            path, body = REQUESTS[name]
+            asked = {key: value for key, value in body.items() if key not in ("n", "logprobs")} | {
+                "stream": True
+            }
+            theirs, ours = (
+                httpx.post(f"{url}{path}", json=asked, timeout=120) for url in (bare, server.url)
+            )
+            assert joined(events(ours.text)) == joined(events(theirs.text)) != "", name
+            assert events(ours.text)[-1] == events(theirs.text)[-1], name
+    with vllm(tmp_path / "plugin.log", "mull") as plugged:
+        asked = {
+            "model": "mull-tiny:self_consistency",
+            "messages": MESSAGES,
+            "seed": 4,
+            "max_tokens": 200,
+        }
+        theirs, ours = (
+            httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=120)
+            for url in (plugged, server.url)
+        )
+        assert ours.status_code == theirs.status_code == 200, theirs.text
+        assert theirs.json()["choices"] == ours.json()["choices"]
+        assert theirs.json()["mull"]["votes"] == ours.json()["mull"]["votes"]
+        assert httpx.get(f"{plugged}/v1/strategies").status_code == 200
