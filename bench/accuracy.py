@@ -1,9 +1,10 @@
 """Accuracy against compute: every strategy and n on the same held-out problems, each family apart.
 
 JSON keys: `rows`, a list of {family, method, n, problems, accuracy, accuracy_half_width, tokens,
-tokens_half_width, seconds_median, wall_seconds}; tokens are generated tokens per problem by the server's own
-usage; half widths are of 95 % intervals. `early_stop`, a list of {family, rule, tokens_saved, accuracy_change,
-accuracy_change_half_width} against the full vote on 16, paired by problem. `gains`, against one sample, paired.
+tokens_half_width, seconds_median, wall_seconds}; tokens are generated tokens per problem by the
+server's own usage; half widths are of 95 % intervals. `early_stop`, a list of {family, rule,
+tokens_saved, accuracy_change, accuracy_change_half_width} against the full vote on 16, paired by
+problem. `gains`, against one sample, paired.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What the embedded model can do by itself: greedy, one sample, pass@k and majority@k, by family and difficulty.
+"""What a model can do by itself: greedy, one sample, pass@k, majority@k, by difficulty.
 
-JSON keys: `temperatures` maps each temperature to `{family: {group: {problems, mean, mean_half_width,
-"pass@k", "majority@k"}}}`, `greedy` to `{family: {group: {problems, mean, mean_half_width}}}`; a group is "all"
-or a number of steps. Half widths are of 95 % intervals.
+JSON keys: `temperatures` maps each temperature to `{family: {group: {problems, mean,
+mean_half_width, "pass@k", "majority@k"}}}`, `greedy` to `{family: {group: {problems, mean,
+mean_half_width}}}`; a group is "all" or a number of steps. Half widths are of 95 % intervals.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""Seconds from the command to the first 200 of /health: `mull serve` and vLLM's own launcher, in alternating pairs.
+"""Start-up of `mull serve` against vLLM's own launcher, to the first 200 of /health.
 
-JSON keys: `mull_seconds`, `vllm_seconds` (one per pair), `ratio_of_medians`, `left_over_processes` after SIGTERM.
+JSON keys: `mull_seconds`, `vllm_seconds` (one per pair), `ratio_of_medians`, `left_over_processes`
+after SIGTERM.
 """
 
 import argparse

@@ -34,7 +34,10 @@ def pass_at(k: int, samples: int, right: int) -> float:
 def majority_at(
     k: int, answers: Sequence[str | None], right: Sequence[bool], *, draws: int = 40
 ) -> float:
-    """Mean over random subsets of k: is the most frequent answer right? Ties go to the first drawn."""
+    """How often the most frequent of k random samples is right.
+
+    Ties go to the first drawn.
+    """
     rng = random.Random(k)
     hits = 0
     for _ in range(draws):

@@ -1,1 +1,4 @@
-"""Mull's companion: makes the models and adapters that the server serves. It never imports `server`."""
+"""Mull's companion: makes the models and adapters that the server serves.
+
+It never imports `server`.
+"""

@@ -10,16 +10,16 @@ from server.settings import Settings
 
 _SERVE_HELP = """usage: mull serve [MODEL] [any flag of vLLM's server]
 
-Serve MODEL (a Hugging Face name or a folder) as a reasoning server: vLLM's OpenAI, Responses and Anthropic
-endpoints, each with strategies. Without MODEL, the embedded mull-tiny.
+Serve MODEL (a Hugging Face name or a folder) as a reasoning server: vLLM's OpenAI, Responses and
+Anthropic endpoints, each with strategies. Without MODEL, the embedded mull-tiny.
 
   mull serve                                   mull-tiny on 127.0.0.1:8000
   mull serve Qwen/Qwen3-0.6B --port 9000       any model that vLLM serves
   mull serve --help=all                        every flag of vLLM, with its default
 
-What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority, --max-num-queued-reqs 4096,
---enable-prompt-tokens-details; on a CPU also --block-size 32, and --dtype float32 where the processor has
-no bfloat16 instructions.
+What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority,
+--max-num-queued-reqs 4096, --enable-prompt-tokens-details; on a CPU also --block-size 32, and
+--dtype float32 where the processor has no bfloat16 instructions.
 
 Environment: MULL_MAX_BODY_BYTES, MULL_ENGINE_RESTARTS, MULL_ANSWER_SECONDS, and all of vLLM's.
 """

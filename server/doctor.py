@@ -1,4 +1,7 @@
-"""`mull doctor`: what is installed, which device, what is broken and how to mend it. Imports no vLLM."""
+"""`mull doctor`: what is installed, which device, what is broken and how to mend it.
+
+Imports no vLLM.
+"""
 
 import platform
 import shutil

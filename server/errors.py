@@ -47,7 +47,7 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
 
 
 def refusal(error: ValidationError, *, inside: str) -> InvalidRequest:
-    """The first thing that pydantic found wrong, as a refusal that names the field below `inside`."""
+    """Turn pydantic's first finding into a refusal that names the field below `inside`."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     field = ".".join([part for part in (inside, *path) if part])

@@ -99,7 +99,10 @@ class _Completing:
         await self._send({"type": "http.response.body", "body": raw})
 
     def _line(self, line: bytes) -> bytes:
-        """One line of an event stream; usage may sit in the chunk or in the response or message that it carries."""
+        """One line of an event stream.
+
+        Usage may sit in the chunk or in the response or message that it carries.
+        """
         if not line.startswith(b"data: {"):
             return line
         chunk: dict[str, Any] = json.loads(line[len(b"data: ") :])

@@ -1,8 +1,8 @@
-"""Which strategy a request names, wherever it names it; and the request that vLLM is to see instead.
+"""Which strategy a request names, and the request that vLLM is to see instead.
 
-A strategy is named by the body field `strategy` (an object with `kind`, or the kind alone) or by a suffix of
-the model (`mull-tiny:self_consistency`), on every endpoint that generates. This is the pure part: JSON in,
-JSON and a `Selection` out.
+A strategy is named by the body field `strategy` (an object with `kind`, or the kind alone) or by a
+suffix of the model (`mull-tiny:self_consistency`), on every endpoint that generates. This is the
+pure part: JSON in, JSON and a `Selection` out.
 """
 
 from collections.abc import Collection
@@ -39,7 +39,9 @@ _ASKS_FOR_NOTHING = (None, False, 1)
 
 
 def choose(body: JSON, models: Collection[str]) -> tuple[JSON, Selection | None]:
-    """Split a request into what vLLM is to see and what the client chose of Mull; `models` are served names.
+    """Split a request into what vLLM is to see and what the client chose of Mull.
+
+    `models` are served names.
 
     Raises:
         InvalidRequest: The choice is unknown, contradictory or out of bounds; the field is named.
@@ -63,7 +65,8 @@ def select(strategy: Strategy, budget: Any, request: JSON) -> tuple[JSON, Select
     """The request that vLLM is to see, and the strategy with its budget and verifier, ready to run.
 
     Raises:
-        InvalidRequest: The budget, the verifier or a field of the request is refused; the field is named.
+        InvalidRequest: The budget, the verifier or a field of the request is refused; the field is
+            named.
     """
     for field, reason in _REFUSED.items():
         if request.get(field) not in _ASKS_FOR_NOTHING:
@@ -93,7 +96,8 @@ def parse(value: JSON, *, inside: str) -> Strategy:
     """A strategy from its wire form.
 
     Raises:
-        InvalidRequest: Unknown kind or field, or a value out of bounds; the nearest valid name is given.
+        InvalidRequest: Unknown kind or field, or a value out of bounds; the nearest valid name is
+            given.
     """
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in STRATEGIES:
@@ -127,7 +131,10 @@ def parse(value: JSON, *, inside: str) -> Strategy:
 
 
 def _split(model: Any, models: Collection[str]) -> tuple[str | None, str | None]:
-    """The served model and the strategy of `model:strategy`; a served name with a colon in it is left whole."""
+    """The served model and the strategy of `model:strategy`.
+
+    A served name with a colon in it is left whole.
+    """
     if not isinstance(model, str) or model in models or ":" not in model:
         return (model if isinstance(model, str) else None), None
     name, _, suffix = model.rpartition(":")
@@ -135,7 +142,8 @@ def _split(model: Any, models: Collection[str]) -> tuple[str | None, str | None]
         return model, None
     if suffix not in STRATEGIES:
         raise InvalidRequest(
-            f"there is no strategy '{suffix}' for model '{name}'; {nearest(suffix, list(STRATEGIES))}",
+            f"there is no strategy '{suffix}' for model '{name}'; "
+            f"{nearest(suffix, list(STRATEGIES))}",
             field="model",
         )
     return name, suffix

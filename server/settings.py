@@ -35,10 +35,10 @@ class Settings(BaseModel):
 
 
 def prepare_vllm(*, cpu: bool, single_worker: bool) -> None:
-    """Set what vLLM reads from the environment, before it is imported. An operator's own values stay.
+    """Set what vLLM reads from the environment; an operator's own values stay.
 
-    One worker on a CPU runs inside the engine's process, and with one thread less than there are cores: more
-    spinning threads would fight the API process.
+    One worker on a CPU runs inside the engine's process, and with one thread less than there are
+    cores: more spinning threads would fight the API process.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault(
@@ -60,5 +60,8 @@ def prepare_vllm(*, cpu: bool, single_worker: bool) -> None:
 
 
 def fork_workers() -> None:
-    """Fork the engine's process instead of importing everything again; the CPU platform resets this to spawn."""
+    """Fork the engine's process instead of importing everything again.
+
+    The CPU platform resets this to spawn.
+    """
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"

@@ -1,4 +1,7 @@
-"""What happened in one run, in order, and the sums over it. Replies, usage and metrics are folds over this."""
+"""What happened in one run, in order, and the sums over it.
+
+Replies, usage and metrics are folds over this.
+"""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +11,10 @@ from strategies.core.events import Aborted, Event, Sampled, Scored, Started
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens by fate. `kept` is the answer's; `discarded` were finished and not chosen; `aborted` were stopped."""
+    """Tokens by fate.
+
+    `kept` is the answer's; `discarded` were finished and not chosen; `aborted` were stopped.
+    """
 
     kept: int
     discarded: int

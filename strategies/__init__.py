@@ -1,1 +1,4 @@
-"""Search over a language model at inference time: strategies, budgets, answers. Knows no server and no engine."""
+"""Search over a language model at inference time: strategies, budgets, answers.
+
+Knows no server and no engine.
+"""

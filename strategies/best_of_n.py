@@ -49,7 +49,7 @@ class BestOfN(Strategy):
             return ctx.choose(_best(candidates, scores), among=candidates, scores=scores)
         tally = Tally()
         voters: dict[str, list[Candidate]] = {}
-        for candidate in candidates:
+        for candidate in [one for one in candidates if one.complete] or candidates:
             if candidate.answer is None:
                 continue
             place = await ctx.answers.place(candidate.answer, tally.answers, ctx.answer_format)

@@ -12,8 +12,8 @@ from strategies.core.types import Outcome, Problem
 class ChainOfThought(Strategy):
     """One sample, streamed as it is written.
 
-    `examples` are worked problems put before the question (few-shot, Wei et al. 2022); `trigger` is put
-    after it (zero-shot, Kojima et al. 2022: "Let's think step by step.").
+    `examples` are worked problems put before the question (few-shot, Wei et al. 2022); `trigger` is
+    put after it (zero-shot, Kojima et al. 2022: "Let's think step by step.").
     """
 
     cost: ClassVar[str] = "one sample"

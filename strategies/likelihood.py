@@ -1,7 +1,7 @@
 """Verifiers that need nothing but the model's own probabilities of what it wrote."""
 
 from collections.abc import Sequence
-from math import exp, log
+from math import exp, isnan, log
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,11 +33,13 @@ class Likelihood(BaseModel):
         return [self._verdict(candidate) for candidate in candidates]
 
     def _verdict(self, candidate: Candidate) -> Verdict:
-        _require(candidate, len(candidate.logprobs), self.kind)
+        _require(candidate, [(logprob,) for logprob in candidate.logprobs], self.kind)
         if self.over == "sum":
             return Verdict(score=1 / (1 - min(0.0, sum(candidate.logprobs))))
         if self.over == "mean":
             return Verdict(score=_probability(sum(candidate.logprobs) / len(candidate.logprobs)))
+        if len(candidate.pieces) != len(candidate.token_ids):
+            raise VerifierFailed(f"verifier '{self.kind}' with 'min' needs each token in words")
         steps = tuple(_probability(total) for total in _lines(candidate))
         return Verdict(score=min(steps), steps=steps)
 
@@ -60,16 +62,18 @@ class SelfCertainty(BaseModel):
         return [self._verdict(candidate) for candidate in candidates]
 
     def _verdict(self, candidate: Candidate) -> Verdict:
-        _require(candidate, len(candidate.top_logprobs), self.kind)
+        _require(candidate, candidate.top_logprobs, self.kind)
         total = sum(-sum(top) / len(top) - log(len(top)) for top in candidate.top_logprobs)
         return Verdict(score=1 - exp(-max(0.0, total / len(candidate.top_logprobs))))
 
 
-def _require(candidate: Candidate, got: int, kind: str) -> None:
-    if got != len(candidate.token_ids) or got == 0:
+def _require(candidate: Candidate, numbers: Sequence[Sequence[float]], kind: str) -> None:
+    """Refuse a candidate unless each of its tokens has numbers that are numbers."""
+    usable = [of_token for of_token in numbers if of_token and not any(map(isnan, of_token))]
+    if not usable or not len(usable) == len(numbers) == len(candidate.token_ids):
         raise VerifierFailed(
             f"verifier '{kind}' needs the log-probability of every token; "
-            f"candidate {candidate.index} has {got} for {len(candidate.token_ids)} tokens"
+            f"candidate {candidate.index} has {len(usable)} for {len(candidate.token_ids)} tokens"
         )
 
 

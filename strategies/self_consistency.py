@@ -78,8 +78,10 @@ class SelfConsistency(Strategy):
         over = False
         first = self.n if self.start == "all" else self._wanted(tally, 0)
         async with ctx.sampling(problem, first) as arrivals:
-            async for arrived in arrivals:
-                held[arrived.index] = arrived
+            while True:
+                arrived = await anext(arrivals, None)
+                if arrived is not None:
+                    held[arrived.index] = arrived
                 while held and not over:
                     index = len(tally.recent) if in_order else next(iter(held))
                     if index not in held:
@@ -108,7 +110,7 @@ class SelfConsistency(Strategy):
                         confidence=self.confidence,
                         window=self.window,
                     )
-                if over:
+                if over or arrived is None:
                     break
                 missing = self._wanted(tally, arrivals.pending + len(held))
                 if self.start == "as_needed" and missing > 0:

@@ -1,1 +1,4 @@
-"""The embedded model `mull-tiny`: its problems, tokenizer, training and measurement, from a seed."""
+"""The embedded model `mull-tiny`.
+
+Its problems, tokenizer, training and measurement, from a seed.
+"""

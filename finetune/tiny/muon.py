@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024) in float32: momentum, orthogonalised by a Newton-Schulz iteration.
 
-`torch.optim.Muon` iterates in bfloat16, which processors without bfloat16 instructions run some 25 times
-slower than float32; on those it would cost more than the forward and backward passes together.
+`torch.optim.Muon` iterates in bfloat16, which processors without bfloat16 instructions run some 25
+times slower than float32; on those it would cost more than the forward and backward passes
+together.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,8 @@
-"""Synthetic multi-step problems with a visible chain of thought, and the line between training and test.
+"""Synthetic multi-step problems, and the line between training and test.
 
-Two families. *Word* problems follow one quantity through 1 to 8 arithmetic steps. *Countdown* problems
-reach a target from three or four numbers, each used once, and so need search. Knows no tokenizer and no model.
+Two families. *Word* problems follow one quantity through 1 to 8 arithmetic steps. *Countdown*
+problems reach a target from three or four numbers, each used once, and so need search. Knows no
+tokenizer and no model.
 """
 
 import ast
@@ -40,7 +41,10 @@ _CONTAINERS = ("bags", "boxes", "packs")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A problem with its worked solution; `identity` is equal for two items that are the same problem."""
+    """A problem with its worked solution.
+
+    `identity` is equal for two items that are the same problem.
+    """
 
     family: Family
     steps: int
@@ -58,7 +62,10 @@ class Item:
 
 
 def word_problem(rng: random.Random, steps: int) -> Item:
-    """One quantity followed through `steps` changes. The same arithmetic in other words is the same problem."""
+    """One quantity followed through `steps` changes.
+
+    The same arithmetic in other words is the same problem.
+    """
     owner = rng.choice(_NAMES)
     pronoun = "She" if owner in _SHE else "He"
     thing = rng.choice(_THINGS)
@@ -104,7 +111,7 @@ def word_problem(rng: random.Random, steps: int) -> Item:
 
 
 def countdown_problem(rng: random.Random, count: int) -> Item:
-    """Reach a target from `count` numbers (3 or 4) with + - * /, each number used once; always solvable."""
+    """Reach a target from `count` numbers (3 or 4) with + - * /; always solvable."""
     while True:
         numbers = tuple(rng.randint(1, 13) for _ in range(count))
         target = 24 if count == 4 and rng.random() < 0.5 else rng.randint(10, 60)
@@ -143,7 +150,10 @@ def draw(
     steps: int | None = None,
     longest: int = 8,
 ) -> Item:
-    """Draw one item from the training or the test side; countdown takes `steps` 2 or 3, word 1 to `longest`."""
+    """Draw one item from the training or the test side.
+
+    Countdown takes `steps` 2 or 3, word 1 to `longest`.
+    """
     while True:
         chosen = family or rng.choices(FAMILIES, (3, 2))[0]
         if chosen == "word":
@@ -155,7 +165,10 @@ def draw(
 
 
 def test_set(seed: int, per_family: int) -> list[Item]:
-    """Distinct held-out problems: word with 1 to 8 steps in turn; countdown, one third with three numbers."""
+    """Distinct held-out problems: word with 1 to 8 steps in turn.
+
+    Of the countdown problems, one third have three numbers.
+    """
     rng = random.Random(f"mull-tiny test {seed}")
     chosen: dict[str, Item] = {}
     for family, depths in (("word", (1, 2, 3, 4, 5, 6, 7, 8)), ("countdown", (2, 3, 3))):
@@ -168,7 +181,10 @@ def test_set(seed: int, per_family: int) -> list[Item]:
 
 
 def training_items(rng: random.Random, longest: int = 8) -> Iterator[tuple[str | None, str, str]]:
-    """Endless `(system or None, prompt, solution)` from the training side, some with the usual instructions."""
+    """Draw from the training side without end: `(system or None, prompt, solution)`.
+
+    Some prompts carry the usual instructions.
+    """
     while True:
         item = draw(rng, held_out=False, longest=longest)
         prompt = item.prompt + INSTRUCTION if rng.random() < 0.1 else item.prompt
@@ -182,7 +198,10 @@ def boxed(text: str) -> str | None:
 
 
 def grade(item: Item, text: str) -> bool:
-    """Whether a solution's boxed answer is right; a countdown answer must use each number exactly once."""
+    """Whether a solution's boxed answer is right.
+
+    A countdown answer must use each number exactly once.
+    """
     answer = boxed(text)
     if answer is None:
         return False
@@ -193,7 +212,10 @@ def grade(item: Item, text: str) -> bool:
 
 
 def value_of(expression: str) -> Fraction | None:
-    """The exact value of + - * / over whole numbers; None for anything else, or a division by zero."""
+    """The exact value of + - * / over whole numbers.
+
+    None for anything else, or a division by zero.
+    """
     if len(expression) > 100 or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
         return None
     try:

@@ -1,4 +1,7 @@
-"""The tokenizer and chat template of `mull-tiny`: byte-level BPE, single digits, newline a token of its own."""
+"""The tokenizer and chat template of `mull-tiny`.
+
+Byte-level BPE, single digits, newline a token of its own.
+"""
 
 import random
 from itertools import islice
@@ -17,12 +20,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
 
-# A word with its space, one digit, one newline, a run of signs with its space, any other white space.
+# A word with its space, one digit, one newline, a run of signs with its space, other white space.
 _PIECES = Regex(r" ?[A-Za-z]+| ?[0-9]|\n|[ ]?[^\sA-Za-z0-9]+|\s")
 
 
 def build(seed: int, *, vocabulary: int = 576, samples: int = 4000) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on `samples` training problems; the same seed gives the same tokenizer."""
+    """Train the tokenizer on `samples` training problems.
+
+    The same seed gives the same tokenizer.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,8 +1,8 @@
 """Train `mull-tiny` from nothing: `python -m finetune.tiny.train --out models/mull-tiny`.
 
-Data-parallel over CPU processes (gloo) in float32, Muon for the matrices and AdamW for the rest, loss on the
-solution only. A run killed half-way continues from its last checkpoint, and draws the same batches that it
-would have drawn.
+Data-parallel over CPU processes (gloo) in float32, Muon for the matrices and AdamW for the rest,
+loss on the solution only. A run killed half-way continues from its last checkpoint, and draws the
+same batches that it would have drawn.
 """
 
 import argparse
@@ -147,7 +147,8 @@ def _train(rank: int, recipe: Recipe, out: Path, work: Path, save_every: int, po
         _save(model, tokenizer, recipe, out)
         seconds = time.monotonic() - started
         print(
-            f"{recipe}: {tokens / 1e6:.2f} M tokens in {seconds / 60:.1f} min, last loss {smooth:.3f} -> {out}"
+            f"{recipe}: {tokens / 1e6:.2f} M tokens in {seconds / 60:.1f} min, "
+            f"last loss {smooth:.3f} -> {out}"
         )
     dist.barrier()
     dist.destroy_process_group()
@@ -171,7 +172,7 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def _schedule(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, constant, then a linear decay to nothing over the last `decay` of the steps."""
+    """Warm up, stay, then decay linearly to nothing over the last `decay` of the steps."""
     decay_steps = recipe.steps * recipe.decay
     return min(1.0, (step + 1) / recipe.warm_up, (recipe.steps - step) / decay_steps)
 
@@ -179,7 +180,10 @@ def _schedule(recipe: Recipe, step: int) -> float:
 def _batches(
     recipe: Recipe, rank: int, tokenizer: PreTrainedTokenizerFast, start: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless `(input_ids, labels)`, both (batch, length) int64; a pool depends on its number and the rank only."""
+    """Endless `(input_ids, labels)`, both (batch, length) int64.
+
+    A pool depends on its number and the rank only.
+    """
     pool = start // BATCHES_PER_POOL
     skip = start % BATCHES_PER_POOL
     while True:

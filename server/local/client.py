@@ -1,6 +1,7 @@
-"""An engine's `generate()` that thinks: a request that names a strategy becomes a search, and its winner the output.
+"""An engine's `generate()` that searches, and gives the winner as its one output.
 
-Every endpoint of vLLM gains every strategy by this one seam; a request that names none is not touched.
+Every endpoint of vLLM gains every strategy by this one seam; a request that names none is not
+touched.
 """
 
 import asyncio
@@ -52,7 +53,10 @@ class Reasoner:
     async def _search(
         self, selection: Selection, asked: Asked
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Run the strategy. A stream gets the winner's pieces from the moment that nothing else can win."""
+        """Run the strategy.
+
+        A stream gets the winner's pieces from the moment that nothing else can win.
+        """
         problem = _problem(asked, selection.question)
         engine = LocalEngine(self._inner, asked, self._adapter)
         streaming = asked.params.output_kind is RequestOutputKind.DELTA

@@ -1,4 +1,4 @@
-"""What Mull sets where the operator does not: the environment before vLLM is imported, flags after."""
+"""What Mull sets where the operator does not: first the environment, then flags."""
 
 import platform
 from argparse import ArgumentParser
@@ -65,7 +65,10 @@ def on_cpu() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; without, float32 is some 25 times faster."""
+    """Whether the processor multiplies bfloat16 in hardware.
+
+    Without that, float32 is some 25 times faster.
+    """
     if platform.machine() in ("arm64", "aarch64"):
         return True
     cpuinfo = Path("/proc/cpuinfo")

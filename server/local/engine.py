@@ -1,4 +1,7 @@
-"""One vLLM engine as `Engine`: one sequence a call, token ids in and out, aborted when its reader leaves."""
+"""One vLLM engine as `Engine`.
+
+One sequence a call, token ids in and out, aborted when its reader leaves.
+"""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing

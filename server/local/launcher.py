@@ -1,7 +1,7 @@
 """`mull serve`: vLLM's parser, engine and app, our plugin in it, our own uvicorn around it.
 
-One process serves HTTP, one forked process runs the engine. A dead engine is replaced in place: the socket
-stays open and answers 503 until the new one is ready.
+One process serves HTTP, one forked process runs the engine. A dead engine is replaced in place: the
+socket stays open and answers 503 until the new one is ready.
 """
 
 import asyncio
@@ -55,7 +55,10 @@ def parse(argv: list[str]) -> Namespace:
 
 
 async def serve(args: Namespace, settings: Settings, progress: Progress) -> int:
-    """Serve until a signal; return the exit status. It is not 0 if the engine died once too often."""
+    """Serve until a signal; return the exit status.
+
+    It is not 0 if the engine died once too often.
+    """
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

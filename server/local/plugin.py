@@ -1,4 +1,7 @@
-"""Mull as a vLLM endpoint plugin: the same object under `mull serve` and under `VLLM_PLUGINS=mull vllm serve`."""
+"""Mull as a vLLM endpoint plugin.
+
+The same object under `mull serve` and under `VLLM_PLUGINS=mull vllm serve`.
+"""
 
 from argparse import Namespace
 from typing import Any
@@ -23,7 +26,7 @@ from strategies.core.sandbox import Sandbox
 
 
 class Plugin:
-    """vLLM's `EndpointPlugin`: routes first, then the engine's `generate` once there is an engine."""
+    """An `EndpointPlugin`: routes first, then the engine's `generate` when there is one."""
 
     name = "mull"
     required_tasks = ("generate",)
@@ -77,6 +80,9 @@ def plugin() -> Plugin:
 
 
 async def _engine_died(request: Request, error: Exception) -> JSONResponse:
-    """A dead engine is a 503 for whoever waits on it; on a stock vLLM server it also ends the server."""
+    """A dead engine is a 503 for whoever waits on it.
+
+    On a stock vLLM server it also ends the server.
+    """
     terminate_if_errored(request.app.state.server, request.app.state.engine_client)
     return reply_to(EngineUnavailable("the engine died; a new one is being started, try again"))

@@ -18,7 +18,7 @@ router = APIRouter(tags=["mull"])
 
 @router.get("/v1/strategies")
 async def strategies() -> dict[str, Any]:
-    """Every strategy: what it does and costs, its paper, its parameters as JSON schema with defaults."""
+    """Every strategy: what it does and costs, its paper, its parameters with defaults."""
     return {
         "object": "list",
         "data": [
@@ -55,7 +55,10 @@ async def verifiers() -> dict[str, Any]:
 
 @router.post("/v1/strategies/{kind}")
 async def solve(kind: str, request: Request) -> Response:
-    """Run a strategy. The body holds model, messages, sampling fields, budget, and the strategy's own fields."""
+    """Run a strategy.
+
+    The body holds model, messages, sampling fields, budget, and the strategy's own fields.
+    """
     if kind not in STRATEGIES:
         raise InvalidRequest(
             f"there is no strategy '{kind}'; {nearest(kind, list(STRATEGIES))}", field="kind"

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jsonschema import Draft202012Validator
+from jsonschema import (
+    Draft4Validator,
+    Draft6Validator,
+    Draft7Validator,
+    Draft201909Validator,
+    Draft202012Validator,
+)
 from jsonschema.exceptions import SchemaError
 from jsonschema.protocols import Validator
-from jsonschema.validators import validator_for  # pyright: ignore[reportUnknownVariableType]
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from referencing import Registry
 
@@ -186,6 +191,15 @@ _EQUATION = re.compile(
 """Not a part of a longer calculation: `1 + 2 + 3 = 6` does not say that `2 + 3 = 6`."""
 
 
+_DIALECTS: tuple[type[Validator], ...] = (
+    Draft4Validator,
+    Draft6Validator,
+    Draft7Validator,
+    Draft201909Validator,
+    Draft202012Validator,
+)
+
+
 def _holds(left: str, right: str) -> bool:
     ours, theirs = arithmetic(left), arithmetic(right)
     return ours is not None and theirs is not None and ours.value == theirs.value
@@ -205,13 +219,13 @@ def _validator(schema: dict[str, JsonValue]) -> type[Validator]:
     Raises:
         ValueError: It names one that is not known.
     """
-    dialect = schema.get("$schema")
-    if dialect is None:
-        return Draft202012Validator
-    known = validator_for(schema, default=None) if isinstance(dialect, str) else None
-    if known is None:
-        raise ValueError(f"unknown dialect {dialect!r}")
-    return known
+    dialect = schema.get("$schema", _DIALECTS[-1].META_SCHEMA["$schema"])
+    for known in _DIALECTS:
+        if isinstance(dialect, str) and known.META_SCHEMA["$schema"].rstrip("#") == dialect.rstrip(
+            "#"
+        ):
+            return known
+    raise ValueError(f"unknown dialect {dialect!r}")
 
 
 def _check(schema: dict[str, JsonValue]) -> None:

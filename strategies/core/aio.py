@@ -10,9 +10,10 @@ T = TypeVar("T")
 
 
 class Group:
-    """A task group whose failure is the first task's own exception, so that errors keep their HTTP status.
+    """A task group whose failure is the first task's own exception.
 
-    Leaving the block cancels whatever still runs: what is wanted is awaited inside.
+    So errors keep their HTTP status. Leaving the block cancels whatever still runs: what is
+    wanted is awaited inside.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,8 @@ class Group:
 class Arrivals(Generic[T]):
     """Results of work started together, in the order in which they arrive; an async iterator.
 
-    Iterating raises the first failure. Leaving the block cancels what has not arrived and waits for its end.
+    Iterating raises the first failure. Leaving the block cancels what has not arrived and waits for
+    its end.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Answers: how they are read from a text, and when two of them are the same.
 
 An answer keeps the words of the model, tidied: `(10 + 7) - 2` stays an expression. That it equals
-`15` is for `same` to say. Ordinary answers are handled here, at once; what needs computer algebra or
-a client's pattern goes to the sandbox.
+`15` is for `same` to say. Ordinary answers are handled here, at once; what needs computer algebra
+or a client's pattern goes to the sandbox.
 """
 
 import json
@@ -30,7 +30,7 @@ SHORT = 200
 """A text without any sign of an answer is its own answer if it is no longer than this."""
 
 STRIKES = 2
-"""After this many comparisons without an end, a search among known answers asks the sandbox no more."""
+"""Comparisons without an end after which a search among known answers asks the sandbox no more."""
 
 
 class AnswerFormat(BaseModel):
@@ -47,8 +47,8 @@ class AnswerFormat(BaseModel):
     - `auto`: the first that there is of JSON as the whole text, box, statement, fenced JSON, "(B)",
       last number, short text; compared as mathematics.
 
-    Text is compared without regard to case, white space and closing punctuation. A box that is never
-    closed is no answer. Only the last 20,000 characters of a text are searched.
+    Text is compared without regard to case, white space and closing punctuation. A box that is
+    never closed is no answer. Only the last 20,000 characters of a text are searched.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -132,7 +132,7 @@ class Arithmetic:
 
 @lru_cache(maxsize=4096)
 def arithmetic(text: str) -> Arithmetic | None:
-    """Read numbers, `+ - * /` and brackets, also in LaTeX; None for all else and division by zero."""
+    """Read numbers, `+ - * /` and brackets, also in LaTeX; None for all else, and for `1 / 0`."""
     if len(text) > _LONGEST_EXPRESSION:
         return None
     try:
@@ -207,7 +207,7 @@ _SPELLING = re.compile(
 )
 _BOX = re.compile(r"\\boxed\s{0,9}\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_STATED = re.compile(r"\banswer\*{0,2}\s{0,3}(?:is|[:=])\*{0,2}\s?:?|####", re.IGNORECASE)
+_STATED = re.compile(r"\banswer\*{0,2}\s{0,3}(?:is\b|[:=])\*{0,2}\s?:?|####", re.IGNORECASE)
 _END = re.compile(r"[.;!?](?=\**(?:\s|$))|,?\s(?:because|since|which|so)\b")
 _WRAPPED = re.compile(
     r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]|\*\*([^*]+)\*\*",
@@ -299,19 +299,14 @@ def _read(text: str, kind: str) -> str | None:
         case "math":
             found = _last_number(text) if marked is None else marked
         case "number":
-            found = (
-                marked
-                if marked and arithmetic(marked)
-                else _last_number(text if marked is None else marked)
-            )
+            found = _last_number(text) if marked is None else _numeric(marked)
         case "choice":
-            found = (
-                _last_option(text) or _letter(_bare(text)) if marked is None else _letter(marked)
-            )
+            found = _letter(_last_option(text) or _bare(text) if marked is None else marked)
         case "exact":
             found = _short(text) if marked is None else marked
         case _ if marked is not None:
-            found = marked if boxed else _letter(marked) or marked
+            letter = None if boxed else _letter(marked)
+            found = letter if letter and letter in marked else marked
         case _:
             found = _canonical_json(json_block(text, "json"), scalars=False) or _last_option(text)
             found = found or _last_number(text) or _short(text)
@@ -355,6 +350,10 @@ def _letter(answer: str) -> str | None:
 def _last_option(text: str) -> str | None:
     letters = _BRACKETED.findall(text)
     return letters[-1] if letters else None
+
+
+def _numeric(answer: str) -> str | None:
+    return answer if arithmetic(answer) else _last_number(answer)
 
 
 def _last_number(text: str) -> str | None:
@@ -424,9 +423,10 @@ def _is_words(answer: str) -> bool:
 
 def _plain(answer: str) -> str:
     """Text as it is compared: no typesetting, no case, no closing punctuation."""
-    answer = _bare(_UPRIGHT.sub(r"\1", answer)).rstrip("!?").casefold()
+    answer = _bare(_UPRIGHT.sub(r"\1", answer)).casefold()
+    calm = answer.rstrip("!? ")  # of words only: `6!` is a number
     letter = _LETTER.fullmatch(answer)
-    return letter[1] if letter else answer
+    return letter[1] if letter else calm if _is_words(calm) else answer
 
 
 def _bare(text: str) -> str:

@@ -1,4 +1,7 @@
-"""The budget: reserved before each engine call, settled after, so samples started together cannot overspend."""
+"""The budget.
+
+Reserved before each engine call, settled after, so samples started together cannot overspend.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,7 +12,10 @@ from strategies.core.errors import InvalidRequest
 
 
 class Limits(BaseModel):
-    """What a client may bound: generated tokens (verifiers' included), seconds of wall time, samples."""
+    """What a client may bound.
+
+    Generated tokens (verifiers' included), seconds of wall time, samples.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,7 +84,9 @@ class Budget:
         )
 
     def share(self, parts: int) -> int | None:
-        """An equal share of the tokens left for each of `parts` calls started together; None without a limit.
+        """An equal share of the tokens left for each of `parts` calls started together.
+
+        None without a limit.
 
         Raises:
             InvalidRequest: The budget is too small to give each call a single token.
@@ -95,7 +103,10 @@ class Budget:
         return share
 
     def reserve(self, tokens: int, *, sample: bool = True) -> Lease | None:
-        """Lease up to `tokens`, fewer if fewer are left; None when tokens or samples have run out."""
+        """Lease up to `tokens`, fewer if fewer are left.
+
+        None when tokens or samples have run out.
+        """
         left = self.left
         granted = tokens if left is None else min(tokens, left)
         if granted < 1 or (sample and self.samples_left is not None and self.samples_left < 1):

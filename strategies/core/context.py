@@ -153,6 +153,8 @@ class Sampling:
         self._problem = problem
         self._n = n
         self._arrivals: Arrivals[Candidate | None] = Arrivals()
+        self._leased: dict[int, Lease] = {}
+        """Leases of samples whose task has not begun, and never will if it is cancelled first."""
         self._usable = 0
 
     async def __aenter__(self) -> Self:
@@ -166,7 +168,12 @@ class Sampling:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._arrivals.__aexit__(kind, error, trace)
+        try:
+            await self._arrivals.__aexit__(kind, error, trace)
+        finally:
+            for index, lease in self._leased.items():
+                lease.settle(0)
+                self._ctx.emit(Aborted(index=index, tokens=0, prompt_tokens=0, cached_tokens=0))
 
     def __aiter__(self) -> Self:
         return self
@@ -197,9 +204,11 @@ class Sampling:
     def start(self, n: int) -> None:
         """Start up to `n` more samples, as many as the budget allows."""
         budget = self._ctx.budget
-        if budget.samples_left is not None and budget.samples_left < n:
-            n = budget.samples_left
-            self._ctx.fell_short("samples")
+        if budget.seconds_left is not None and budget.seconds_left <= 0:
+            n = 0
+            self._ctx.fell_short("deadline")
+        if budget.samples_left is not None:
+            n = min(n, budget.samples_left)
         if n > 0 and budget.left is not None and budget.left < n:
             n = budget.left
             self._ctx.fell_short("exhausted")
@@ -213,10 +222,12 @@ class Sampling:
                 break
             index = self._ctx.number()
             self._ctx.emit(Started(index=index, tokens=lease.tokens))
-            self._arrivals.start(self._sample(index, lease))
+            self._leased[index] = lease
+            self._arrivals.start(self._sample(index))
 
-    async def _sample(self, index: int, lease: Lease) -> Candidate | None:
+    async def _sample(self, index: int) -> Candidate | None:
         """One sequence from start to answer; what was spent is settled however it ends."""
+        lease = self._leased.pop(index)
         ctx, problem = self._ctx, self._problem
         generation = Generation(
             index=index,
@@ -268,7 +279,7 @@ class Sampling:
                 raise
             ctx.fell_short("deadline")
             if sequence.token_ids:
-                sequence.finish_reason = "length"
+                sequence.finish_reason = sequence.finish_reason or "length"
 
 
 class _Sequence:

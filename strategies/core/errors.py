@@ -1,4 +1,7 @@
-"""One tree of errors; the server maps each leaf to an HTTP status, so an error cannot look like an answer."""
+"""One tree of errors.
+
+The server maps each leaf to an HTTP status, so an error cannot look like an answer.
+"""
 
 
 class MullError(Exception):
@@ -18,7 +21,10 @@ class NoCandidate(MullError):
 
 
 class VerifierFailed(MullError):
-    """A verifier could not give an opinion; a missing score is never replaced by a neutral number."""
+    """A verifier could not give an opinion.
+
+    A missing score is never replaced by a neutral number.
+    """
 
 
 class EngineUnavailable(MullError):

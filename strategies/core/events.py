@@ -1,4 +1,7 @@
-"""What happens during a run, in order. Replies, usage, metrics and stored traces are folds over these."""
+"""What happens during a run, in order.
+
+Replies, usage, metrics and stored traces are folds over these.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +34,10 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aborted:
-    """A sequence was stopped because it can no longer matter; its `tokens` are spent all the same."""
+    """A sequence was stopped because it can no longer matter.
+
+    Its `tokens` are spent all the same.
+    """
 
     index: int
     tokens: int

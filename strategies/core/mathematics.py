@@ -1,6 +1,6 @@
 """Whether two mathematical answers are equivalent, as math-verify sees it.
 
-Only a sandbox worker imports this. Nothing here is timed: the sandbox's limit ends what takes too long.
+Only a sandbox worker imports this. Nothing here is timed: the sandbox ends what takes too long.
 """
 
 from functools import lru_cache
@@ -28,4 +28,9 @@ def equivalent(left: str, right: str) -> bool:
 @lru_cache(maxsize=1024)
 def _parsed(answer: str) -> list[Any]:
     """What the answer may mean: its expression, if it parses, and its normalised text."""
-    return parse(f"\\boxed{{{answer}}}", _BOXED, parsing_timeout=_NO_LIMIT)
+    return parse(  # pyright: ignore[reportUnknownVariableType]
+        f"\\boxed{{{answer}}}", _BOXED, parsing_timeout=_NO_LIMIT
+    )
+
+
+equivalent("x^2 + 2x + 1", "(x + 1)^2")  # what is built on first use is charged to no caller

@@ -58,10 +58,10 @@ class Raised(SandboxError):
 
 
 class Sandbox:
-    """Runs functions by name in worker processes that are started when first needed and kept warm.
+    """Runs functions by name in worker processes that start when first needed and are kept warm.
 
-    A worker does one call at a time; further callers queue. One that overran, died or lost its caller
-    is killed, and the next call starts another. A worker ends when this process does.
+    A worker does one call at a time; further callers queue. One that overran, died or lost its
+    caller is killed, and the next call starts another. A worker ends when this process does.
     """
 
     def __init__(self, *, processes: int = 1, modules: Sequence[str] = MODULES) -> None:

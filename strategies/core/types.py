@@ -7,13 +7,19 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort"]
 
 StopReason = Literal["decided", "exhausted", "deadline", "samples", "cancelled"]
-"""Why a run ended: the rule was satisfied early, the tokens ran out, the time ran out, all samples were
-drawn, or the client went away."""
+"""Why a run ended.
+
+The rule was satisfied early, the tokens ran out, the time ran out, all samples were drawn, or the
+client went away.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What to answer: the prompt as the model reads it, and what the client asked of each sample."""
+    """What to answer.
+
+    The prompt as the model reads it, and what the client asked of each sample.
+    """
 
     token_ids: tuple[int, ...]
     text: str = ""

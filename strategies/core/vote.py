@@ -1,4 +1,7 @@
-"""Voting over equivalent answers, and the rules by which a vote may end early. Pure and synchronous."""
+"""Voting over equivalent answers, and the rules by which a vote may end early.
+
+Pure and synchronous.
+"""
 
 from dataclasses import dataclass, field
 from math import comb
@@ -19,7 +22,10 @@ class Tally:
     """Every ballot's answer in the order counted, None for a sample without one."""
 
     def count(self, place: int | None, answer: str | None, weight: float, index: int) -> str | None:
-        """Count one ballot for the known answer at `place`, or for a new one; return the answer counted for."""
+        """Count one ballot for the known answer at `place`, or for a new one.
+
+        Return the answer counted for.
+        """
         if answer is None:
             self.recent.append(None)
             return None
@@ -47,7 +53,10 @@ class Tally:
 
 
 def majority_confidence(best: int, second: int) -> float:
-    """P(the best answer is the likelier of the two) under a uniform Beta prior (Aggarwal et al. 2023)."""
+    """P(the best answer is the likelier of the two) under a uniform Beta prior (Aggarwal et al.
+
+    2023).
+    """
     draws = best + second + 1
     return sum(comb(draws, k) for k in range(best + 1)) / 2**draws
 

@@ -1,4 +1,4 @@
-"""A request that names no strategy gives what vLLM's own server gives; and that server takes our plugin."""
+"""Without a strategy Mull is vLLM; and vLLM's own server takes our plugin."""
 
 import contextlib
 import os

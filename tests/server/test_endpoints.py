@@ -1,4 +1,4 @@
-"""The same self-consistency request through every generating endpoint, by the clients that people use."""
+"""One self-consistency request through every endpoint, by the clients that people use."""
 
 from typing import Any
 
