@@ -17,7 +17,7 @@ from server.verifiers.catalogue import resolve
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
 from strategies.core.strategy import Strategy
-from strategies.registry import ANY_STRATEGY, STRATEGIES
+from strategies.registry import STRATEGIES
 
 JSON = dict[str, Any]
 
@@ -120,14 +120,9 @@ def parse(value: JSON, *, inside: str) -> Strategy:
                 field=f"{inside}.{name}" if inside else name,
             )
     try:
-        return ANY_STRATEGY.validate_python(value)
+        return STRATEGIES[kind].model_validate(value)
     except ValidationError as error:
-        refused = refusal(error, inside=inside)
-        # The union puts the kind into the path; the client never wrote it there.
-        raise InvalidRequest(
-            str(refused).replace(f".{kind}.", ".", 1),
-            field=(refused.field or "").replace(f".{kind}.", ".", 1),
-        ) from error
+        raise refusal(error, inside=inside) from error
 
 
 def _split(model: Any, models: Collection[str]) -> tuple[str | None, str | None]:

@@ -13,9 +13,9 @@ from strategies.core.vote import Tally
 class BestOfN(Strategy):
     """Draw `n` samples, judge them all, return the best.
 
-    `max` returns the candidate with the highest score; `weighted` adds up the scores of equivalent answers
-    and returns the best candidate of the heaviest answer (Li et al. 2023). A sample that a limit cut short
-    wins only if no other ended by itself. Ties go to the earliest sample.
+    `max` returns the candidate with the highest score; `weighted` adds up the scores of equivalent
+    answers and returns the best candidate of the heaviest answer (Li et al. 2023). A sample that a
+    limit cut short wins only if no other ended by itself. Ties go to the earliest sample.
     """
 
     cost: ClassVar[str] = "n samples and one batched verification"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import exp, isnan, log
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,17 +14,21 @@ from strategies.core.types import Candidate, Problem, Verdict
 class Likelihood(BaseModel):
     """How likely the model found its own words; no extra tokens.
 
-    `mean`: the geometric mean probability of a token. `sum`: 1 / (1 + the surprise of the whole text in
-    nats). `min`: the probability of the least likely line, a line being a step.
+    `mean`: the geometric mean probability of a token. `sum`: 1 / (1 + the surprise of the whole
+    text in nats). `min`: the probability of the least likely line, a line being a step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    logprobs: ClassVar[int | None] = 0
 
     kind: Literal["likelihood"] = "likelihood"
     over: Literal["sum", "mean", "min"] = Field(
         default="min", description="How token log-probabilities combine."
     )
+
+    @property
+    def logprobs(self) -> int:
+        """Those of the chosen tokens."""
+        return 0
 
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: Context
@@ -45,15 +49,21 @@ class Likelihood(BaseModel):
 
 
 class SelfCertainty(BaseModel):
-    """How far each next-token distribution was from uniform (Kang et al. 2025), over its k likeliest tokens.
+    """How far each next-token distribution was from uniform (Kang et al.
+
+    2025), over its k likeliest tokens.
 
     The mean divergence x from uniform, in nats, becomes the score 1 - exp(-x).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    logprobs: ClassVar[int | None] = 20
 
     kind: Literal["self_certainty"] = "self_certainty"
+
+    @property
+    def logprobs(self) -> int:
+        """Those of the 20 likeliest tokens."""
+        return 20
 
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: Context

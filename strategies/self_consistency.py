@@ -1,4 +1,4 @@
-"""Self-consistency: sample independently, return the answer that most samples agree on (Wang et al. 2023)."""
+"""Self-consistency: sample, and return what most samples agree on (Wang et al. 2023)."""
 
 from typing import ClassVar, Literal, Self
 
@@ -13,27 +13,29 @@ from strategies.core.vote import StopRule, Tally, decided, fewest_to_decide, maj
 class SelfConsistency(Strategy):
     """Draw up to `n` samples and vote over equivalent answers.
 
-    A vote may stop early: when the lead cannot be overtaken (`unassailable`, the same winner as the full
-    vote), when the Beta posterior of the two leading answers is sure enough (`confidence`,
+    A vote may stop early: when the lead cannot be overtaken (`unassailable`, the same winner as the
+    full vote), when the Beta posterior of the two leading answers is sure enough (`confidence`,
     Adaptive-Consistency, Aggarwal et al. 2023), or when a whole window of samples agrees (`window`,
-    Early-Stopping Self-Consistency, Li et al. 2024). Samples start only as needed unless `start` is `all`;
-    those still running when the vote is decided are aborted. The last two rules count samples in the order
-    of their index, so that the same seed stops at the same place whatever arrives first.
+    Early-Stopping Self-Consistency, Li et al. 2024). Samples start only as needed unless `start` is
+    `all`; those still running when the vote is decided are aborted. The last two rules count
+    samples in the order of their index, so that the same seed stops at the same place whatever
+    arrives first.
 
-    Ties go to the answer with the earliest sample; the earliest complete sample of the winning answer is returned.
+    Ties go to the answer with the earliest sample; the earliest complete sample of the winning
+    answer is returned.
     """
 
     cost: ClassVar[str] = "at most n samples; fewer when the vote is decided early"
     paper: ClassVar[str] = (
-        "Wang et al. 2023, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171; early stops: "
-        "Aggarwal et al. 2023, arXiv:2305.11860; Li et al. 2024, arXiv:2401.10480"
+        "Wang et al. 2023, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171; "
+        "early stops: Aggarwal et al. 2023, arXiv:2305.11860; Li et al. 2024, arXiv:2401.10480"
     )
 
     kind: Literal["self_consistency"] = "self_consistency"
     n: int = Field(default=16, ge=1, le=256, description="Samples to draw at most.")
-    weight: Literal["none", "verifier"] = Field(
+    weight: Literal["none", "confidence", "verifier"] = Field(
         default="none",
-        description="One vote a sample, or its verifier's score (`likelihood`: its own confidence).",
+        description="One vote a sample, or weighted by its mean token probability or a verifier.",
     )
     verifier: VerifierChoice | None = Field(
         default=None,
@@ -50,21 +52,21 @@ class SelfConsistency(Strategy):
     )
     start: Literal["as_needed", "all"] = Field(
         default="as_needed",
-        description="Start only as many samples as could decide the vote (fewest tokens), or all at once (soonest).",
+        description="Start what could decide the vote (fewest tokens), or all at once (soonest).",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.weight == "verifier") != (self.verifier is not None):
             raise ValueError("'verifier' and weight 'verifier' go together")
-        if self.weight == "verifier" and self.early_stop == "confidence":
-            raise ValueError(
-                "early_stop 'confidence' counts whole votes; with weight 'verifier' use another"
-            )
+        if self.weight != "none" and self.early_stop == "confidence":
+            raise ValueError("early_stop 'confidence' counts whole votes; choose weight 'none'")
         return self
 
     def judged_by(self) -> VerifierChoice | None:
         """The verifier that weighs the votes, if any."""
+        if self.weight == "confidence":
+            return VerifierChoice.model_validate({"kind": "likelihood", "over": "mean"})
         return self.verifier
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
@@ -91,7 +93,7 @@ class SelfConsistency(Strategy):
                     candidate = held.pop(index)
                     candidates.append(candidate)
                     weight = 1.0
-                    if self.weight == "verifier":
+                    if self.weight != "none":
                         [verdict] = await ctx.verify(problem, [candidate])
                         weight = scores[index] = verdict.score
                     place = None
@@ -131,7 +133,7 @@ class SelfConsistency(Strategy):
         )
 
     def _wanted(self, tally: Tally, coming: int) -> int:
-        """How many more to start, when `coming` are started and not counted, so that the vote could be decided."""
+        """How many more to start so that the vote could be decided, with `coming` on their way."""
         left = self.n - len(tally.recent)
         needed = fewest_to_decide(
             self.early_stop, tally, left, confidence=self.confidence, window=self.window

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Thread
 from typing import TYPE_CHECKING, TypeAlias
@@ -260,25 +260,31 @@ class Guard:
     def guard(self, api_pid: int) -> bool:
         """Watch the process from now on; False if it is no ancestor, as on another machine.
 
-        The watch is on that process and not on the parent, since the worker may be a child of the
-        engine, whose own parent nobody watches. An engine that has lost its worker ends too.
+        The parent's number would not do: the worker may be a child of the engine's process, which
+        has no watch of its own.
         """
+        between: list[psutil.Process] = []
         for ancestor in psutil.Process().parents():
             if ancestor.pid == api_pid:
-                Thread(target=_die_after, args=(ancestor,), name="mull-guard", daemon=True).start()
+                watch = Thread(
+                    target=_die_after, args=(ancestor, between), name="mull-guard", daemon=True
+                )
+                watch.start()
                 return True
+            between.append(ancestor)
         return False
 
 
-def _die_after(process: psutil.Process) -> None:
-    """End this process, without asking anyone, once the other has ended.
+def _die_after(api: psutil.Process, between: list[psutil.Process]) -> None:
+    """End this process, and those between it and the API process, once that has ended.
 
     A death signal (prctl) would be simpler, but it also fires when the thread that started the
-    engine ends.
+    engine ends. Nobody is left to answer, so nothing is asked or cleaned up.
     """
-    try:
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+    with suppress(psutil.NoSuchProcess):
+        while api.is_running() and api.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1)
-    except psutil.NoSuchProcess:
-        pass
+    for process in between:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     os._exit(1)

@@ -26,9 +26,9 @@ def resolve(choice: VerifierChoice) -> Verifier:
     if model is None:
         raise InvalidRequest(
             f"there is no verifier '{choice.kind}'; {nearest(choice.kind, list(VERIFIERS))}",
-            field="strategy.verifier.kind",
+            field="verifier.kind",
         )
     try:
         return model.model_validate(choice.model_dump())
     except ValidationError as error:
-        raise refusal(error, inside="strategy.verifier") from error
+        raise refusal(error, inside="verifier") from error

@@ -170,7 +170,7 @@ def right_lines(text: str) -> list[bool]:
     """For each line with equations `a op b = c`, whether all of them hold."""
     lines: list[bool] = []
     for line in text.splitlines():
-        equations = [match.groups() for match in _EQUATION.finditer(_BULLET.sub("", line))]
+        equations = [match.groups() for match in _EQUATION.finditer(_ORNAMENT.sub("", line))]
         if equations:
             lines.append(all(_holds(left, right) for left, right in equations))
     return lines
@@ -180,13 +180,14 @@ _COUNTDOWN = re.compile(
     r"Use the numbers ([0-9]{1,9}(?:(?:, and|,| and) [0-9]{1,9}){0,19})"
     r" with \+ - \* / to make (-?[0-9]{1,9})\. Use each number once\."
 )
-_BULLET = re.compile(r"^\s{0,20}[-*\u2022]\s{1,9}")
+_ORNAMENT = re.compile(r"^\s{0,20}[-*\u2022]\s{1,9}|(?<![0-9)])(?<![0-9)]\s)\*\*")
+"""A bullet or the start of bold type, not an operator."""
 _A_NUMBER = r"[-\u2212]?[0-9]{1,30}(?:,[0-9]{3}){0,9}(?:\.[0-9]{1,30})?"
 _OPERATOR = r"(?:[-+*/\u00d7\u00f7\u2212]|\\times|\\cdot|\\div)"
 _EQUATION = re.compile(
     rf"(?<![-+*/^)}}\w.,\u00d7\u00f7\u2212])(?<![-+*/^\u00d7\u00f7\u2212]\s)"
     rf"({_A_NUMBER}\s?{_OPERATOR}\s?{_A_NUMBER})\s?=\s?({_A_NUMBER})"
-    rf"(?!\w|[.,]?[0-9]|\s?{_OPERATOR}|\s?[\^(%])"
+    rf"(?!\w|[.,]?[0-9]|\s?{_OPERATOR}\s?[-0-9(\\]|\s?[\^%]|\()"
 )
 """Not a part of a longer calculation: `1 + 2 + 3 = 6` does not say that `2 + 3 = 6`."""
 

@@ -98,14 +98,13 @@ class Answers:
             return known.index(answer)
         strikes = 0
         for index, other in enumerate(known):
-            same = (
-                _quick(answer, other, form)
-                if strikes == STRIKES
-                else await self._compare(answer, other, form)
-            )
+            if strikes < STRIKES:
+                same = await self._compare(answer, other, form)
+            else:
+                same = _quick(answer, other, form)
             if same:
                 return index
-            strikes += same is None and strikes < STRIKES
+            strikes += same is None
         return None
 
     async def _compare(self, left: str, right: str, form: AnswerFormat) -> bool | None:

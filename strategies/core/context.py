@@ -1,4 +1,7 @@
-"""What a strategy may do: sample, verify, vote, commit. It keeps the budget, the deadline and the trace honest."""
+"""What a strategy may do: sample, verify, vote, commit.
+
+It keeps the budget, the deadline and the trace honest.
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -52,7 +55,9 @@ class Verifier(Protocol):
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context"
     ) -> Sequence[Verdict]:
-        """One verdict per candidate, in order. Whatever it generates, it reserves from `ctx.budget`.
+        """One verdict per candidate, in order.
+
+        Whatever it generates, it reserves from `ctx.budget`.
 
         Raises:
             VerifierFailed: It has no opinion; there are no neutral scores.
@@ -85,7 +90,10 @@ class Context:
         self._short: StopReason | None = None
 
     def sampling(self, problem: Problem, n: int) -> "Sampling":
-        """Start up to `n` samples; iterate over them as they finish. Leaving the block aborts the rest."""
+        """Start up to `n` samples; iterate over them as they finish.
+
+        Leaving the block aborts the rest.
+        """
         return Sampling(self, problem, n)
 
     async def sample_many(self, problem: Problem, n: int) -> list[Candidate]:
@@ -109,7 +117,8 @@ class Context:
         verdicts = list(await self.verifier.judge(problem, candidates, self))
         if len(verdicts) != len(candidates):
             raise VerifierFailed(
-                f"verifier '{self.verifier.kind}' gave {len(verdicts)} verdicts on {len(candidates)} candidates"
+                f"verifier '{self.verifier.kind}' gave {len(verdicts)} verdicts "
+                f"on {len(candidates)} candidates"
             )
         for candidate, verdict in zip(candidates, verdicts, strict=True):
             self.emit(Scored(index=candidate.index, score=verdict.score, tokens=verdict.tokens))
@@ -264,11 +273,15 @@ class Sampling:
                 )
 
     async def _collect(self, generation: Generation, sequence: "_Sequence") -> None:
-        """Read the sequence to its end; one that the deadline cuts ends by length if it has any token."""
+        """Read the sequence to its end.
+
+        One that the deadline cuts ends by length if it has any token.
+        """
         ctx = self._ctx
+        deadline = asyncio.timeout(ctx.budget.seconds_left)
         try:
             async with (
-                asyncio.timeout(ctx.budget.seconds_left) as deadline,
+                deadline,
                 aclosing(ctx.engine.generate(generation)) as chunks,
             ):
                 async for chunk in chunks:

@@ -96,15 +96,15 @@ class Sandbox:
             self._busy.add(worker)
             try:
                 reply = await worker.run(function, arguments, seconds)
-            except (
-                Exception,
-                asyncio.CancelledError,
-            ):  # the answer of a caller that went away is nobody's
-                await worker.kill()
+            except (Exception, asyncio.CancelledError):
+                await worker.kill()  # if its caller went away, its answer is nobody's
                 raise
             finally:
                 self._busy.discard(worker)
-            self._idle.append(worker)
+            if self._closed:
+                await worker.kill()
+            else:
+                self._idle.append(worker)
         if "raised" in reply:
             raise Raised(*reply["raised"])
         return reply["result"]

@@ -72,15 +72,18 @@ class FakeEngine:
         call = self.calls
         self.asked.append(generation)
         self.running += 1
+        ended = False
         try:
             for number, chunk in enumerate(self._script(generation)):
                 await asyncio.sleep(self._delay(generation.index))
                 if (call, number) in self._failures:
                     raise self._failures[call, number]
                 self.tokens += len(chunk.token_ids)
+                ended = chunk.finish_reason is not None
                 yield chunk
         except (asyncio.CancelledError, GeneratorExit):
-            self.aborted.append(generation.index)
+            if not ended:
+                self.aborted.append(generation.index)
             raise
         finally:
             self.running -= 1

@@ -18,8 +18,9 @@ from models import MULL_TINY
 from server.local.defaults import has_bfloat16
 
 FLAGS = [
-    "--model", str(MULL_TINY), "--served-model-name", "mull-tiny", "--enforce-eager", "--host", "127.0.0.1",
-    "--dtype", "auto" if has_bfloat16() else "float32", "--block-size", "32", "--enable-prompt-tokens-details",
+    "--model", str(MULL_TINY), "--served-model-name", "mull-tiny", "--host", "127.0.0.1",
+    "--dtype", "auto" if has_bfloat16() else "float32", "--block-size", "32",
+    "--enforce-eager", "--enable-prompt-tokens-details",
     "--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", "128",
 ]  # fmt: skip
 MESSAGES = [
@@ -37,8 +38,11 @@ def vllm(log: Path, plugins: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "VLLM_PLUGINS": plugins, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
+        "VLLM_PLUGINS": plugins,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     command = [
         sys.executable,
         "-m",

@@ -7,7 +7,9 @@ import httpx
 import openai
 import pytest
 
-QUESTION = "Tom has 12 apples. He finds 7 more. He gives 4 apples to Ann. How many apples does Tom have now?"
+QUESTION = (
+    "Tom has 12 apples. He finds 7 more. He gives 4 to Ann. How many apples does Tom have now?"
+)
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 STRATEGY = {"strategy": {"kind": "self_consistency", "n": 5, "early_stop": "never"}}
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
@@ -97,8 +99,7 @@ def messages(oai, claude, stream, extra):
         "model": "mull-tiny",
         "messages": MESSAGES,
         "max_tokens": 300,
-        "temperature": 0,
-        "extra_body": extra,
+        "extra_body": {"temperature": 0} | extra,
     }
     if not stream:
         made = claude.messages.create(**asked)

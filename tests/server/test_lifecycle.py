@@ -10,7 +10,8 @@ import httpx
 import psutil
 import pytest
 
-# At temperature 2 with a banned end token the model rambles to the limit, so there is time to interfere.
+# At temperature 2 with a banned end token the model rambles to the limit, so there is time to
+# interfere.
 LONG: dict[str, Any] = {
     "model": "mull-tiny",
     "messages": [{"role": "user", "content": "Tom has 5 apples."}],

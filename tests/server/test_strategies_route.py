@@ -98,13 +98,13 @@ CHAT = "/v1/chat/completions"
         (
             "/v1/strategies/best_of_n",
             {"verifier": "likelyhood"},
-            "strategy.verifier.kind",
+            "verifier.kind",
             "likelihood",
         ),
         (
             "/v1/strategies/best_of_n",
             {"verifier": {"kind": "likelihood", "over": "max"}},
-            "strategy.verifier.over",
+            "verifier.over",
             "",
         ),
         ("/v1/strategies/chain_of_thought", {"stream": True}, "stream", "stream"),

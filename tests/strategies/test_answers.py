@@ -50,6 +50,11 @@ async def answers() -> AsyncIterator[Answers]:
     await sandbox.close()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategies.core.answers.SECONDS", 1.0)
+
+
 def at_once(work: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that never waits."""
     try:
@@ -292,9 +297,19 @@ async def test_hard_comparisons_are_given_up():
 @pytest.mark.parametrize(
     "hard", ["9**9**9**9", "9^{9^{9^{9}}}", "10^{10^{10}}!", "{" * 400 + "}" * 400, r"\sqrt{" * 150]
 )
-async def test_hostile_mathematics_is_bounded(answers: Answers, hard: str):
+async def test_hostile_mathematics_is_bounded(answers: Answers, hard: str, impatient: None):
     with responsive():
         assert not await answers.same(hard, r"\sqrt{7}", AUTO)
+    assert await answers.place("x", ["x", hard], AUTO) == 0
+
+
+@shared
+async def test_a_timed_out_comparison_costs_only_itself(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("strategies.core.answers.SECONDS", 0.2)
+        assert not await answers.same("9^{9^{9^{9}}}", r"\sqrt{7}", AUTO)
     assert await answers.same(r"\sqrt{4}", "2", AUTO)
 
 
@@ -308,7 +323,7 @@ async def test_patterns_search_in_the_sandbox(answers: Answers):
 
 
 @shared
-async def test_backtracking_pattern_is_no_answer(answers: Answers):
+async def test_backtracking_pattern_is_no_answer(answers: Answers, impatient: None):
     form = AnswerFormat(kind="regex", pattern=r"(a+)+$")
     with responsive():
         assert await answers.extract("a" * 5_000 + "!", form) is None

@@ -2,7 +2,7 @@
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from itertools import product
 from random import Random
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 PROBLEM = Problem(token_ids=(1, 2, 3), max_tokens=12, seed=7)
 N = 6
+SMALL: dict[str, object] = {"n": N, "window": 2, "confidence": 0.8, "answer": {"kind": "math"}}
+"""Whatever a strategy has of these; small, so that a vote can be decided early and wrongly."""
 
 
 # --- the variants of every strategy: each value of each literal field, with each of the others
@@ -45,9 +47,7 @@ def choices(kind: type[Strategy]) -> dict[str, tuple[object, ...]]:
 def variants(kind: type[Strategy]) -> list[Strategy]:
     """All combinations of choices that it accepts, with a verifier where it asks for one."""
     fields = choices(kind)
-    size: dict[str, object] = {"answer": {"kind": "math"}}
-    if "n" in kind.model_fields:
-        size["n"] = N
+    size = {field: value for field, value in SMALL.items() if field in kind.model_fields}
     found: list[Strategy] = []
     for values in product(*fields.values()):
         chosen = dict(zip(fields, values, strict=True))
@@ -64,7 +64,9 @@ def name(strategy: Strategy) -> str:
 
 
 VARIANTS = [variant for kind in STRATEGIES.values() for variant in variants(kind)]
+JUDGED = [variant for variant in VARIANTS if variant.judged_by()]
 each = pytest.mark.parametrize("strategy", VARIANTS, ids=name)
+each_judged = pytest.mark.parametrize("strategy", JUDGED, ids=name)
 
 
 def test_every_choice_of_every_strategy_has_a_variant():
@@ -112,9 +114,9 @@ class Story:
 
     def __init__(
         self,
-        samples: list[tuple[int, str | None]],
-        delays: list[float],
-        eighths: list[int],
+        samples: Sequence[tuple[int, str | None]],
+        delays: Sequence[float],
+        eighths: Sequence[int],
     ) -> None:
         self.samples = samples
         self.delays = delays
@@ -312,7 +314,7 @@ def test_cancelled_at_any_moment_it_adds_up_and_nothing_runs_on(
 
 
 @each
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1_000),
     answers=st.integers(1, 3),
@@ -362,8 +364,11 @@ def test_the_deadline_is_kept_and_what_exists_by_then_is_the_answer(
             assert watched.loop.time() == pytest.approx(seconds)
         else:
             assert watched.loop.time() < seconds + 1e-6
-            late = watched.loop.time() > seconds - 1e-6
-            assert (outcome.stopped == "deadline") == late
+            if watched.loop.time() < seconds - 1e-6:
+                assert outcome.stopped != "deadline"
+            else:  # what the deadline cut may still have decided
+                early = getattr(strategy, "early_stop", "never") != "never"
+                assert outcome.stopped in (("deadline", "decided") if early else ("deadline",))
 
     live(main())
 
@@ -403,7 +408,7 @@ def test_fewer_tokens_than_samples_still_give_an_answer(
         st.tuples(st.integers(0, N - 1), st.integers(0, 6)), min_size=1, max_size=3, unique=True
     ),
 )
-@example(story=Story([(1, "1")], [0.0], [8]), failures=[(0, 0)])
+@example(story=Story([(1, "1"), (1, "2"), (1, "3")], [0.0], [8]), failures=[(2, 1)])
 def test_an_engine_failure_is_raised_as_itself_and_leaves_nothing_running(
     strategy: Strategy, story: Story, failures: list[tuple[int, int]]
 ):
@@ -432,7 +437,7 @@ def test_a_failure_at_once_is_never_lost(strategy: Strategy):
     live(main())
 
 
-@each
+@each_judged
 @settings(deadline=None, max_examples=20)
 @given(story=stories, good=st.integers(0, N - 1), thinking=st.sampled_from([0.0, 0.5]))
 def test_a_verifier_without_an_opinion_ends_the_run(
@@ -452,7 +457,7 @@ def test_a_verifier_without_an_opinion_ends_the_run(
         except VerifierFailed:
             assert not left
         else:
-            assert strategy.judged_by() is None or len(verifier.judged) <= good
+            assert len(verifier.judged) <= good
         assert not tasks()
 
     live(main())

@@ -69,7 +69,7 @@ async def answer(
         completion = output.outputs[0]
         assert completion.logprobs is not None
         rows = zip(completion.token_ids, completion.logprobs, strict=True)
-        return [(token, row[token].logprob) for token, row in rows]
+        return [(token, row[token].logprob) for token, row in rows if row is not None]
     raise AssertionError("no output")
 
 
