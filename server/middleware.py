@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Collection
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +10,7 @@ from server.errors import reply_to
 from server.reply import exact, mull_field, usage_of
 from server.run import Selection
 from server.selection import ENDPOINTS, SELECTION, choose
+from server.wire import JSON, as_object
 from strategies.core.errors import InvalidRequest, MullError
 
 
@@ -87,7 +87,7 @@ class _Completing:
         await self._send(message)
 
     async def _send_whole(self, start: Message) -> None:
-        reply: dict[str, Any] = json.loads(self._held)
+        reply: JSON = json.loads(self._held)
         spent = usage_of(self._selection)
         if spent is not None and isinstance(reply.get("usage"), dict):
             exact(reply["usage"], spent)
@@ -105,25 +105,21 @@ class _Completing:
         """
         if not line.startswith(b"data: {"):
             return line
-        chunk: dict[str, Any] = json.loads(line[len(b"data: ") :])
+        chunk: JSON = json.loads(line[len(b"data: ") :])
         spent = usage_of(self._selection)
-        for holder in (chunk, chunk.get("response"), chunk.get("message")):
-            if (
-                spent is not None
-                and isinstance(holder, dict)
-                and isinstance(holder.get("usage"), dict)
-            ):  # pyright: ignore[reportUnknownMemberType]
-                exact(holder["usage"], spent)  # pyright: ignore[reportUnknownArgumentType]
+        for holder in map(as_object, (chunk, chunk.get("response"), chunk.get("message"))):
+            usage = None if holder is None else as_object(holder.get("usage"))
+            if spent is not None and usage is not None:
+                exact(usage, spent)
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _object(raw: bytes) -> dict[str, Any] | None:
+def _object(raw: bytes) -> JSON | None:
     """The body as a JSON object; None where it is none, which vLLM refuses in its own words."""
     try:
-        body: Any = json.loads(raw)
+        return as_object(json.loads(raw))
     except (ValueError, RecursionError):
         return None
-    return body if isinstance(body, dict) else None  # pyright: ignore[reportUnknownVariableType]
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

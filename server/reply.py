@@ -1,13 +1,10 @@
 """Replies are folds over a run: the `mull` field, the exact usage, the native reply."""
 
-from typing import Any
-
 from server.run import Run, Selection
 from server.trace import Usage
+from server.wire import JSON
 from strategies.core.events import Aborted, Started
 from strategies.core.types import Candidate
-
-JSON = dict[str, Any]
 
 
 def usage_of(selection: Selection) -> Usage | None:

@@ -14,12 +14,11 @@ from pydantic import ValidationError
 from server.errors import nearest, refusal
 from server.run import Selection
 from server.verifiers.catalogue import resolve
+from server.wire import JSON, as_list, as_object
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
 from strategies.core.strategy import Strategy
 from strategies.registry import STRATEGIES
-
-JSON = dict[str, Any]
 
 SELECTION: ContextVar[Selection | None] = ContextVar("selection", default=None)
 """Carries a request's choice across vLLM's handler into `generate()`."""
@@ -73,13 +72,9 @@ def select(strategy: Strategy, budget: Any, request: JSON) -> tuple[JSON, Select
             raise InvalidRequest(
                 f"'{field}' cannot be combined with a strategy: {reason}", field=field
             )
-    prompts: Any = request.get("prompt")
+    prompts = as_list(request.get("prompt"))
     # One list of token ids is one prompt; so is a list that holds one prompt.
-    if (
-        isinstance(prompts, list)
-        and len(prompts) != 1
-        and not all(isinstance(one, int) for one in prompts)
-    ):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if prompts and len(prompts) > 1 and not all(isinstance(one, int) for one in prompts):
         raise InvalidRequest("a strategy takes one prompt per request", field="prompt")
     try:
         limits = Limits() if budget is None else Limits.model_validate(budget)
@@ -144,16 +139,16 @@ def _split(model: Any, models: Collection[str]) -> tuple[str | None, str | None]
     return name, suffix
 
 
-def _strategy(named: Any, suffix: str | None) -> Strategy:
+def _strategy(named: object, suffix: str | None) -> Strategy:
     if named is None:
-        named = {"kind": suffix}
-    elif isinstance(named, str):
-        named = {"kind": named}
-    elif not isinstance(named, dict):
+        wire: JSON | None = {"kind": suffix}
+    else:
+        wire = {"kind": named} if isinstance(named, str) else as_object(named)
+    if wire is None:
         raise InvalidRequest(
             "'strategy' is an object with a 'kind', or the kind alone", field="strategy"
         )
-    strategy = parse(named, inside="strategy")  # pyright: ignore[reportUnknownArgumentType]
+    strategy = parse(wire, inside="strategy")
     if suffix is not None and strategy.kind != suffix:
         raise InvalidRequest(
             f"'strategy' says {strategy.kind} and the model's suffix says {suffix}; name one",
@@ -164,25 +159,22 @@ def _strategy(named: Any, suffix: str | None) -> Strategy:
 
 def _question(body: JSON) -> str:
     """The last thing that the user said, in words; empty where the prompt has none."""
-    turns: Any = body.get("messages", body.get("input", body.get("prompt", "")))
+    turns: object = body.get("messages", body.get("input", body.get("prompt", "")))
     if isinstance(turns, str):
         return turns
-    if isinstance(turns, list):
-        for turn in reversed(turns):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-            if isinstance(turn, str):
-                return turn
-            if isinstance(turn, dict) and turn.get("role") == "user":  # pyright: ignore[reportUnknownMemberType]
-                return _words(turn.get("content"))  # pyright: ignore[reportUnknownMemberType]
+    for turn in reversed(as_list(turns) or []):
+        if isinstance(turn, str):
+            return turn
+        if _role(turn) == "user":
+            return _words(turn.get("content"))
     return ""
 
 
-def _words(content: Any) -> str:
+def _words(content: object) -> str:
     if isinstance(content, str):
         return content
-    parts: list[Any] = content if isinstance(content, list) else []
-    return "\n".join(
-        str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part
-    )
+    parts = [as_object(part) or {} for part in as_list(content) or []]
+    return "\n".join(str(part["text"]) for part in parts if "text" in part)
 
 
 def _with_prompting(body: JSON, strategy: Strategy) -> JSON:
@@ -190,30 +182,28 @@ def _with_prompting(body: JSON, strategy: Strategy) -> JSON:
     examples, trigger = strategy.examples_shown(), strategy.trigger_shown()
     if not examples and trigger is None:
         return body
-    place = next((name for name in ("messages", "input", "prompt") if name in body), None)
-    turns: Any = body.get(place) if place else None
+    place = next((name for name in ("messages", "input", "prompt") if name in body), "messages")
+    turns: object = body.get(place)
     if isinstance(turns, str):
         shown = "".join(f"{one.question}\n{one.answer}\n\n" for one in examples)
         asked_for = "" if trigger is None else f"\n{trigger}"
         return body | {place: f"{shown}{turns}{asked_for}"}
-    if place == "prompt" or not isinstance(turns, list):
-        raise InvalidRequest(
-            "examples and a trigger need a prompt in words", field=place or "messages"
-        )
-    conversation: list[Any] = list(turns)  # pyright: ignore[reportUnknownArgumentType]
+    conversation = as_list(turns)
+    if conversation is None or place == "prompt":
+        raise InvalidRequest("examples and a trigger need a prompt in words", field=place)
     asked = max((at for at, turn in enumerate(conversation) if _role(turn) == "user"), default=None)
     if asked is None:
         raise InvalidRequest("examples and a trigger need a user's question", field=place)
+    conversation = list(conversation)
     if trigger is not None:
-        question = conversation[asked]
-        content: Any = question["content"]
+        content: Any = conversation[asked].get("content")
         kind = "input_text" if place == "input" else "text"
         longer = (
             f"{content}\n{trigger}"
             if isinstance(content, str)
-            else [*content, {"type": kind, "text": trigger}]
+            else [*(as_list(content) or []), {"type": kind, "text": trigger}]
         )
-        conversation[asked] = question | {"content": longer}
+        conversation[asked] = conversation[asked] | {"content": longer}
     start = next(
         (at for at, turn in enumerate(conversation) if _role(turn) not in ("system", "developer")),
         0,
@@ -226,5 +216,5 @@ def _with_prompting(body: JSON, strategy: Strategy) -> JSON:
     return body | {place: [*conversation[:start], *shown_turns, *conversation[start:]]}
 
 
-def _role(turn: Any) -> str | None:
-    return turn.get("role") if isinstance(turn, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+def _role(turn: object) -> str | None:
+    return (as_object(turn) or {}).get("role")

@@ -10,7 +10,7 @@ from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import Tally
 
 
-class BestOfN(Strategy):
+class BestOfN(Strategy, frozen=True):
     """Draw `n` samples, judge them all, return the best.
 
     `max` returns the candidate with the highest score; `weighted` adds up the scores of equivalent

@@ -9,7 +9,7 @@ from strategies.core.strategy import Example, Strategy
 from strategies.core.types import Outcome, Problem
 
 
-class ChainOfThought(Strategy):
+class ChainOfThought(Strategy, frozen=True):
     """One sample, streamed as it is written.
 
     `examples` are worked problems put before the question (few-shot, Wei et al. 2022); `trigger` is

@@ -10,7 +10,7 @@ from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import StopRule, Tally, decided, fewest_to_decide, majority_confidence
 
 
-class SelfConsistency(Strategy):
+class SelfConsistency(Strategy, frozen=True):
     """Draw up to `n` samples and vote over equivalent answers.
 
     A vote may stop early: when the lead cannot be overtaken (`unassailable`, the same winner as the

@@ -171,7 +171,11 @@ def test_set(seed: int, per_family: int) -> list[Item]:
     """
     rng = random.Random(f"mull-tiny test {seed}")
     chosen: dict[str, Item] = {}
-    for family, depths in (("word", (1, 2, 3, 4, 5, 6, 7, 8)), ("countdown", (2, 3, 3))):
+    depths_of: dict[Family, tuple[int, ...]] = {
+        "word": (1, 2, 3, 4, 5, 6, 7, 8),
+        "countdown": (2, 3, 3),
+    }
+    for family, depths in depths_of.items():
         wanted = len(chosen) + per_family
         while len(chosen) < wanted:
             steps = depths[(wanted - len(chosen)) % len(depths)]

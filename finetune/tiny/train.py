@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,6 +48,8 @@ class Recipe:
     decay: float = 0.5
     temperature: float = 0.8
     processes: int = 2
+    init: str = ""
+    """A finished model of the same shape to go on from, with its tokenizer; empty: from nothing."""
 
 
 def main() -> None:
@@ -76,7 +78,7 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_train, args=(recipe, out, work, save_every, port), nprocs=recipe.processes)
+    spawn(_train, args=(recipe, out, work, save_every, port), nprocs=recipe.processes)
 
 
 def _train(rank: int, recipe: Recipe, out: Path, work: Path, save_every: int, port: int) -> None:
@@ -85,8 +87,12 @@ def _train(rank: int, recipe: Recipe, out: Path, work: Path, save_every: int, po
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=recipe.processes
     )
-    tokenizer = tokenizers.build(recipe.seed)
-    model = LlamaForCausalLM(_config(recipe, tokenizer))
+    if recipe.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init)
+        model = LlamaForCausalLM.from_pretrained(recipe.init, dtype=torch.float32)
+    else:
+        tokenizer = tokenizers.build(recipe.seed)
+        model = LlamaForCausalLM(_config(recipe, tokenizer))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -121,7 +127,7 @@ def _train(rank: int, recipe: Recipe, out: Path, work: Path, save_every: int, po
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        count = torch.tensor(int((inputs != tokenizer.pad_token_id).sum()))
+        count = inputs.ne(_id(tokenizer, tokenizers.PAD)).sum()
         dist.all_reduce(count)
         tokens += int(count)
         smooth = loss.item() if smooth == 0 else 0.95 * smooth + 0.05 * loss.item()
@@ -165,10 +171,16 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_id(tokenizer, tokenizers.END),
+        pad_token_id=_id(tokenizer, tokenizers.PAD),
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
+
+
+def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number
 
 
 def _schedule(recipe: Recipe, step: int) -> float:
@@ -202,7 +214,7 @@ def _batches(
             batches
         )  # the same on all ranks: equal lengths
         for batch in batches[skip:]:
-            yield _pad(batch, tokenizer.pad_token_id)
+            yield _pad(batch, _id(tokenizer, tokenizers.PAD))
         pool, skip = pool + 1, 0
 
 
@@ -220,12 +232,12 @@ def _pad(batch: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tens
 def _save(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path
 ) -> None:
-    half = model.to(torch.bfloat16)
+    half = model.bfloat16()
     half.generation_config = GenerationConfig(
         do_sample=True,
         temperature=recipe.temperature,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_id(tokenizer, tokenizers.END),
+        pad_token_id=_id(tokenizer, tokenizers.PAD),
     )
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -9,7 +9,9 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponse,
 )
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import (
+    with_cancellation,  # pyright: ignore[reportUnknownVariableType]
+)
 
 
 class Chat:

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from vllm.inputs import EngineInput, tokens_input
+from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -42,7 +43,7 @@ class LocalEngine:
         self._generate = generate
         self._asked = asked
         self._adapter = adapter
-        self._prompt_ids = tuple(asked.prompt["prompt_token_ids"])  # pyright: ignore[reportTypedDictNotRequiredAccess, reportGeneralTypeIssues]
+        self._prompt_ids = tuple(cast(list[int], asked.prompt.get("prompt_token_ids")))
         self.outputs: dict[int, RequestOutput] = {}
         """By index of the sequence, what vLLM has given of it so far, merged."""
         self.latest: dict[int, RequestOutput] = {}
@@ -90,9 +91,8 @@ class LocalEngine:
         pieces: tuple[str, ...] = ()
         top: tuple[tuple[float, ...], ...] = ()
         if generation.logprobs is not None and output.logprobs is not None:
-            chosen = [
-                at[token] for at, token in zip(output.logprobs, output.token_ids, strict=True)
-            ]
+            at_each = cast(list[dict[int, Logprob]], output.logprobs)
+            chosen = [at[token] for at, token in zip(at_each, output.token_ids, strict=True)]
             logprobs = tuple(one.logprob for one in chosen)
             pieces = tuple(one.decoded_token or "" for one in chosen)
             if generation.logprobs > 0:
@@ -100,7 +100,7 @@ class LocalEngine:
                     tuple(
                         one.logprob for one in at.values() if (one.rank or 0) <= generation.logprobs
                     )
-                    for at in output.logprobs
+                    for at in at_each
                 )
         return Chunk(
             text=output.text,
@@ -127,7 +127,7 @@ def twin(piece: RequestOutput) -> RequestOutput:
     """A copy that can grow, or be dressed for the client, without changing the original."""
     output = copy(piece.outputs[0])
     output.token_ids = list(output.token_ids)
-    output.logprobs = None if output.logprobs is None else list(output.logprobs)
+    output.logprobs = copy(output.logprobs)
     other = copy(piece)
     other.outputs = [output]
     return other

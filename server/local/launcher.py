@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from starlette.responses import JSONResponse
@@ -22,7 +23,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.entrypoints.launchers.launcher import (
+    NoSignalServer,
+    setup_server,  # pyright: ignore[reportUnknownVariableType]
+)
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -45,10 +49,10 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser = make_arg_parser(parser)
     defaults.flags(parser)
-    args = parser.parse_args(argv)
+    args = cast(Namespace, parser.parse_args(argv))
     if args.model_tag is None and args.model == str(MULL_TINY):
         defaults.embedded_flags(parser)
-        args = parser.parse_args(argv)
+        args = cast(Namespace, parser.parse_args(argv))
     args.model = args.model_tag or args.model
     validate_parsed_serve_args(args)
     return args
@@ -133,7 +137,7 @@ async def _start(
     )
     stack.callback(engine.shutdown, timeout=max(15, config.shutdown_timeout))
     if on_cpu:
-        await engine.collective_rpc("guard", args=(os.getpid(),))
+        await cast(Any, engine).collective_rpc("guard", args=(os.getpid(),))
     progress("building the API")
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)

@@ -10,6 +10,7 @@ from server.errors import nearest, refusal
 from server.reply import exact, native
 from server.selection import SELECTION, parse, select
 from server.verifiers.catalogue import VERIFIERS
+from server.wire import as_object
 from strategies.core.errors import InvalidRequest
 from strategies.registry import STRATEGIES
 
@@ -28,7 +29,7 @@ async def strategies() -> dict[str, Any]:
                 "description": " ".join((model.__doc__ or "").split()),
                 "cost": model.cost,
                 "paper": model.paper,
-                "defaults": model().model_dump(mode="json"),
+                "defaults": model.model_validate({"kind": kind}).model_dump(mode="json"),
                 "schema": model.model_json_schema(),
             }
             for kind, model in STRATEGIES.items()
@@ -67,9 +68,9 @@ async def solve(kind: str, request: Request) -> Response:
         body: Any = await request.json()
     except (ValueError, RecursionError):
         raise InvalidRequest("the body is not JSON") from None
-    if not isinstance(body, dict):
+    fields = as_object(body)
+    if fields is None:
         raise InvalidRequest("the body must be a JSON object")
-    fields: dict[str, Any] = body
     own = STRATEGIES[kind].model_fields
     strategy = parse(
         {"kind": kind} | {name: fields[name] for name in fields if name in own}, inside=""

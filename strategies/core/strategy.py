@@ -35,10 +35,10 @@ class Example(BaseModel):
     answer: str = Field(min_length=1, max_length=20_000)
 
 
-class Strategy(BaseModel, ABC):
+class Strategy(BaseModel, ABC, frozen=True):
     """A way to spend inference compute on one problem."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     cost: ClassVar[str]
     """What it asks of the engine, in one sentence."""

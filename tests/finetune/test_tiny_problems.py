@@ -115,6 +115,7 @@ def test_the_chat_template_renders_what_training_saw():
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": "Tom has 5 apples."})
         rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert isinstance(rendered, str)
         assert rendered == tokenizers.render(system, "Tom has 5 apples.")
         assert tokenizer.decode(tokenizer(rendered).input_ids) == rendered
     assert len(tokenizer("\n").input_ids) == 1

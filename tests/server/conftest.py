@@ -78,9 +78,6 @@ def serve():
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    if url := os.environ.get("MULL_TEST_URL"):  # DEV
-        yield Served(url, None, None)  # DEV
-        return  # DEV
     with serving(tmp_path_factory.mktemp("server") / "log") as served:
         yield served
 

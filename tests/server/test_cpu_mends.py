@@ -75,6 +75,10 @@ async def test_base_requests_get_no_adapter_when_all_slots_are_filled(
     for adapter, answer in [*answers["alone"].items(), *answers["together"]]:
         assert tokens(answer) == tokens(merged[adapter]), adapter
         assert logprobs(answer) == pytest.approx(logprobs(merged[adapter]), abs=1e-3), adapter
+    prompts = answers["prompts"]  # their rows are not one a request, which ends a stock engine
+    for together, alone in zip(prompts["together"], prompts["alone"], strict=True):
+        assert together == pytest.approx(alone, abs=1e-3)
+    assert prompts["alone"][0] != pytest.approx(prompts["alone"][1], abs=1e-3)
 
 
 @pytest.mark.usefixtures("merged")
@@ -87,7 +91,7 @@ async def test_seeded_requests_survive_a_chunked_prompt_with_the_same_answer(fol
 
 
 @pytest.mark.usefixtures("merged")
-@pytest.mark.parametrize("executor", ["uni", "mp"])
+@pytest.mark.parametrize("executor", ["uni", pytest.param("mp", marks=pytest.mark.slow)])
 async def test_an_engine_ends_soon_after_its_owner_was_killed(executor: str, folder: Path) -> None:
     args = ("orphan", folder, "--executor", executor)
     async with running("cpu_faults.py", *args, errors=DEVNULL) as owner:

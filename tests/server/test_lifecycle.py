@@ -45,10 +45,16 @@ def engine_of(family: list[psutil.Process]) -> psutil.Process:
 
 
 def test_a_dead_engine_is_replaced_and_a_signal_leaves_no_process(serve: Any, tmp_path: Path):
+    key = {"Authorization": "Bearer secret"}
     with (
-        serve(tmp_path / "log", MULL_ENGINE_RESTARTS="1") as served,
-        httpx.Client(base_url=served.url) as client,
+        serve(tmp_path / "log", "--api-key", "secret", MULL_ENGINE_RESTARTS="1") as served,
+        httpx.Client(base_url=served.url, headers=key) as client,
     ):
+        for path in ("/v1/strategies", "/v1/models"):  # the key guards our routes as vLLM's
+            assert httpx.get(f"{served.url}{path}").status_code == 401
+            assert client.get(path).status_code == 200
+        assert httpx.post(f"{served.url}/v1/strategies/best_of_n", json=LONG).status_code == 401
+        assert "secret" not in served.log.read_text()
         statuses: list[int] = []
         waiting = [
             threading.Thread(

@@ -262,7 +262,7 @@ def test_the_registry_names_every_strategy_by_its_kind_and_no_other():
 
 
 @each
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(story=stories, limits=limits)
 def test_no_run_overspends_and_every_run_adds_up(strategy: Strategy, story: Story, limits: Limits):
     async def main() -> None:
@@ -276,7 +276,7 @@ def test_no_run_overspends_and_every_run_adds_up(strategy: Strategy, story: Stor
 
 
 @each
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     story=stories,
     limits=limits,
@@ -314,7 +314,7 @@ def test_cancelled_at_any_moment_it_adds_up_and_nothing_runs_on(
 
 
 @each
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 1_000),
     answers=st.integers(1, 3),
@@ -348,7 +348,7 @@ def test_same_seed_same_answer_however_fast_each_sample_is(
 
 
 @each
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(story=slow_stories, quarters=st.integers(0, 40))
 def test_the_deadline_is_kept_and_what_exists_by_then_is_the_answer(
     strategy: Strategy, story: Story, quarters: int
@@ -401,7 +401,7 @@ def test_fewer_tokens_than_samples_still_give_an_answer(
 
 
 @each
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     story=stories,
     failures=st.lists(

@@ -1,6 +1,7 @@
 """Self-consistency: what wins the vote, when it ends, and how few samples it takes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import log
 from random import Random
 
 import pytest
@@ -11,6 +12,7 @@ from strategies.core.errors import EngineUnavailable, NoCandidate
 from strategies.core.events import Aborted, Sampled, Started, Voted
 from strategies.core.testing import FakeEngine, FakeVerifier, RecordingContext, context
 from strategies.core.types import Outcome, Problem
+from strategies.likelihood import Likelihood
 from strategies.self_consistency import SelfConsistency
 
 PROBLEM = Problem(token_ids=(1, 2), max_tokens=4)
@@ -205,6 +207,19 @@ async def test_a_weighted_vote_counts_scores_instead_of_heads():
     assert outcome.confidence is None  # it counts heads
 
 
+async def test_votes_weighted_by_confidence_count_the_mean_token_probability():
+    likely = {"1": 0.3, "2": 0.9, "well ": 0.9, "so ": 0.1}
+    engine = FakeEngine(["1", "well 2", "so 1"], logprob=lambda piece: log(likely[piece]))
+    strategy = SelfConsistency(n=3, weight="confidence", early_stop="never")
+    judge = strategy.judged_by()
+    assert judge is not None
+    assert judge.model_dump() == {"kind": "likelihood", "over": "mean"}
+    async with context(engine, verifier=Likelihood.model_validate(judge.model_dump())) as ctx:
+        outcome = await strategy.solve(PROBLEM, ctx)
+    assert outcome.chosen.text == "well 2"
+    assert outcome.votes == pytest.approx({"1": 0.3 + 0.03**0.5, "2": 0.9})
+
+
 async def test_a_weighted_vote_is_not_over_while_heavier_votes_may_come():
     vote = Vote(["1", "1", "2"], scores=[0.25, 0.25, 1.0], n=3, weight="verifier", verifier="fake")
     outcome = await vote.outcome()
@@ -301,6 +316,14 @@ async def test_samples_that_never_began_are_settled_when_a_failure_ends_the_run(
         (
             {"weight": "verifier", "verifier": "likelihood", "early_stop": "confidence"},
             "early_stop 'confidence' counts whole votes",
+        ),
+        (
+            {"weight": "confidence", "early_stop": "confidence"},
+            "early_stop 'confidence' counts whole votes",
+        ),
+        (
+            {"weight": "confidence", "verifier": "likelihood"},
+            "'verifier' and weight 'verifier' go together",
         ),
         ({"n": 0}, "n\n"),
         ({"confidence": 0.5}, "confidence\n"),

@@ -73,6 +73,24 @@ async def answer(
     raise AssertionError("no output")
 
 
+async def likelihood(llm: AsyncLLM, request_id: str, adapter: LoRARequest | None) -> list[float]:
+    """Log-probabilities of the prompt's own tokens; what follows keeps the batch together."""
+    params = SamplingParams(
+        max_tokens=LENGTH,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=0,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    async for output in llm.generate(
+        tokens_input(PROMPT), params, request_id, lora_request=adapter
+    ):
+        assert output.prompt_logprobs is not None
+        rows = zip(PROMPT, output.prompt_logprobs, strict=True)
+        return [row[token].logprob for token, row in rows if row is not None]
+    raise AssertionError("no output")
+
+
 async def lora(args: Namespace) -> object:
     """Each adapter and the base, alone and all in one batch that fills the slots."""
     adapters: dict[str, LoRARequest | None] = {"": None}
@@ -85,7 +103,15 @@ async def lora(args: Namespace) -> object:
         together = await asyncio.gather(
             *(answer(llm, f"{row}", PROMPT, adapters[name]) for row, name in enumerate(order))
         )
-    return {"alone": alone, "together": list(zip(order, together, strict=True))}
+        pair = ["", "linear"]
+        prompts = {
+            "alone": [await likelihood(llm, name, adapters[name]) for name in pair],
+            "together": await asyncio.gather(
+                *(likelihood(llm, name, adapters[name]) for name in pair)
+            ),
+        }
+    together = list(zip(order, together, strict=True))
+    return {"alone": alone, "together": together, "prompts": prompts}
 
 
 async def seed(args: Namespace) -> object:
