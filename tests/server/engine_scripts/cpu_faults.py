@@ -98,7 +98,7 @@ async def lora(args: Namespace) -> object:
         adapters[name] = LoRARequest(name, number, f"{args.folder}/{name}")
     slots = len(ADAPTERS)
     async with engine(args, enable_lora=True, max_loras=slots, max_lora_rank=8) as llm:
-        alone = {name: await answer(llm, name, PROMPT, lora) for name, lora in adapters.items()}
+        alone = {name: await answer(llm, name, PROMPT, it) for name, it in adapters.items()}
         order = [*adapters, *adapters]  # so that no adapter's rows are neighbours
         together = await asyncio.gather(
             *(answer(llm, f"{row}", PROMPT, adapters[name]) for row, name in enumerate(order))
