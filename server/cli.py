@@ -18,8 +18,9 @@ Anthropic endpoints, each with strategies. Without MODEL, the embedded mull-tiny
   mull serve --help=all                        every flag of vLLM, with its default
 
 What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority,
---max-num-queued-reqs 4096, --enable-prompt-tokens-details; on a CPU also --block-size 32, and
---dtype float32 where the processor has no bfloat16 instructions.
+--max-num-queued-reqs 4096, --enable-prompt-tokens-details, --uvicorn-log-level warning,
+--disable-uvicorn-access-log; on a CPU also --block-size 32, and --dtype float32 where the processor
+has no bfloat16 instructions.
 
 Environment: MULL_MAX_BODY_BYTES, MULL_ENGINE_RESTARTS, MULL_ANSWER_SECONDS, and all of vLLM's.
 """

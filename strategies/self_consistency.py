@@ -1,6 +1,6 @@
 """Self-consistency: sample, and return what most samples agree on (Wang et al. 2023)."""
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,11 @@ from strategies.core.context import Context
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import StopRule, Tally, decided, fewest_to_decide, majority_confidence
+
+
+class _Bounds(TypedDict):
+    confidence: float
+    window: int
 
 
 class SelfConsistency(Strategy, frozen=True):
@@ -44,11 +49,14 @@ class SelfConsistency(Strategy, frozen=True):
     early_stop: StopRule = Field(
         default="unassailable", description="When the vote may end before its last sample."
     )
-    confidence: float = Field(
-        default=0.95, gt=0.5, lt=1.0, description="For early_stop `confidence`."
+    confidence: float | None = Field(
+        default=None, gt=0.5, lt=1.0, description="For early_stop `confidence`, where it is 0.95."
     )
-    window: int = Field(
-        default=4, ge=2, le=64, description="Samples that must agree, for early_stop `window`."
+    window: int | None = Field(
+        default=None,
+        ge=2,
+        le=64,
+        description="Samples that must agree, for early_stop `window`, where it is 4.",
     )
     start: Literal["as_needed", "all"] = Field(
         default="as_needed",
@@ -59,6 +67,9 @@ class SelfConsistency(Strategy, frozen=True):
     def _consistent(self) -> Self:
         if (self.weight == "verifier") != (self.verifier is not None):
             raise ValueError("'verifier' and weight 'verifier' go together")
+        for rule in ("confidence", "window"):
+            if getattr(self, rule) is not None and self.early_stop != rule:
+                raise ValueError(f"'{rule}' needs early_stop '{rule}'")
         if self.weight != "none" and self.early_stop == "confidence":
             raise ValueError("early_stop 'confidence' counts whole votes; choose weight 'none'")
         return self
@@ -106,11 +117,7 @@ class SelfConsistency(Strategy, frozen=True):
                         voters.setdefault(counted, []).append(candidate)
                         ctx.vote(candidate, counted, weight)
                     over = decided(
-                        self.early_stop,
-                        tally,
-                        self.n - len(tally.recent),
-                        confidence=self.confidence,
-                        window=self.window,
+                        self.early_stop, tally, self.n - len(tally.recent), **self._bounds()
                     )
                 if over or arrived is None:
                     break
@@ -135,7 +142,7 @@ class SelfConsistency(Strategy, frozen=True):
     def _wanted(self, tally: Tally, coming: int) -> int:
         """How many more to start so that the vote could be decided, with `coming` on their way."""
         left = self.n - len(tally.recent)
-        needed = fewest_to_decide(
-            self.early_stop, tally, left, confidence=self.confidence, window=self.window
-        )
-        return needed - coming
+        return fewest_to_decide(self.early_stop, tally, left, **self._bounds()) - coming
+
+    def _bounds(self) -> _Bounds:
+        return {"confidence": self.confidence or 0.95, "window": self.window or 4}

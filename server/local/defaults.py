@@ -20,6 +20,8 @@ _ALWAYS = {
     "scheduling_policy": "priority",
     "max_num_queued_reqs": 4096,
     "enable_prompt_tokens_details": True,
+    "uvicorn_log_level": "warning",
+    "disable_uvicorn_access_log": True,
 }
 _CPU = {
     "block_size": 32,  # with vLLM's 128, a short prompt never fills a block of the prefix cache

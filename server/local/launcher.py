@@ -22,11 +22,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.cli_args import (
+    make_arg_parser,
+    propagate_flash_late_interaction,
+    validate_parsed_serve_args,
+)
 from vllm.entrypoints.launchers.launcher import (
     NoSignalServer,
     setup_server,  # pyright: ignore[reportUnknownVariableType]
 )
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -42,6 +49,10 @@ _HEALTH_SECONDS = 0.5
 """How often a dead engine is looked for; requests in flight fail on their own, at once."""
 
 
+_REFUSED = ("headless", "api_server_count", "grpc", "enable_ssl_refresh")
+"""Flags of vLLM's launcher that ask for other processes than this one starts."""
+
+
 def parse(argv: list[str]) -> Namespace:
     """Read vLLM's arguments with vLLM's parser; it exits with a message where they are wrong."""
     parser = FlexibleArgumentParser(
@@ -55,6 +66,12 @@ def parse(argv: list[str]) -> Namespace:
         args = cast(Namespace, parser.parse_args(argv))
     args.model = args.model_tag or args.model
     validate_parsed_serve_args(args)
+    for flag in _REFUSED:
+        if getattr(args, flag, None) not in (None, False, 1):
+            name = flag.replace("_", "-")
+            parser.error(
+                f"--{name} is not served by Mull's launcher; see VLLM_PLUGINS=mull vllm serve"
+            )
     return args
 
 
@@ -127,7 +144,13 @@ async def _start(
 ) -> AsyncLLM:
     """Start an engine and open the door; leaving `stack` closes the door and ends the engine."""
     progress("starting the engine")
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    propagate_flash_late_interaction(args, engine_args)
+    config = engine_args.create_engine_config()
     on_cpu = config.device_config.device_type == "cpu"
     if on_cpu:
         cpu.mend()
@@ -170,16 +193,21 @@ async def _until_over(
 
 
 def _uvicorn(args: Namespace, door: Door) -> uvicorn.Config:
-    return uvicorn.Config(
+    log_config = get_uvicorn_log_config(args)
+    config = uvicorn.Config(
         door,
         host=args.host,
         port=args.port,
-        log_level="warning" if args.uvicorn_log_level == "info" else args.uvicorn_log_level,
-        access_log=False,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
         timeout_graceful_shutdown=10,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
         ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        **({} if log_config is None else {"log_config": log_config}),
     )
+    cast(Any, config).h11_max_header_count = args.h11_max_header_count
+    return config

@@ -53,10 +53,7 @@ class Tally:
 
 
 def majority_confidence(best: int, second: int) -> float:
-    """P(the best answer is the likelier of the two) under a uniform Beta prior (Aggarwal et al.
-
-    2023).
-    """
+    """P(the best answer is the likelier of the two), uniform Beta prior (Aggarwal et al. 2023)."""
     draws = best + second + 1
     return sum(comb(draws, k) for k in range(best + 1)) / 2**draws
 

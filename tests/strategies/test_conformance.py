@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 PROBLEM = Problem(token_ids=(1, 2, 3), max_tokens=12, seed=7)
 N = 6
-SMALL: dict[str, object] = {"n": N, "window": 2, "confidence": 0.8, "answer": {"kind": "math"}}
+SMALL: dict[str, object] = {"n": N, "answer": {"kind": "math"}}
+EARLY: dict[str, dict[str, object]] = {"window": {"window": 2}, "confidence": {"confidence": 0.8}}
 """Whatever a strategy has of these; small, so that a vote can be decided early and wrongly."""
 
 
@@ -51,6 +52,7 @@ def variants(kind: type[Strategy]) -> list[Strategy]:
     found: list[Strategy] = []
     for values in product(*fields.values()):
         chosen = dict(zip(fields, values, strict=True))
+        chosen |= EARLY.get(str(chosen.get("early_stop")), {})
         for verifier in ({}, {"verifier": "fake"}):
             with suppress(ValidationError):
                 found.append(kind.model_validate({**chosen, **size, **verifier}))

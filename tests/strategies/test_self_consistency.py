@@ -345,3 +345,12 @@ def test_only_a_weighted_vote_has_a_judge():
     judge = weighted.judged_by()
     assert judge is not None
     assert judge.kind == "likelihood"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"window": 3}, {"confidence": 0.9}, {"early_stop": "window", "confidence": 0.9}],
+)
+def test_a_bound_of_another_rule_is_refused_not_ignored(fields):
+    with pytest.raises(ValidationError, match="needs early_stop"):
+        SelfConsistency.model_validate(fields)
