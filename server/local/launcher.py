@@ -160,7 +160,9 @@ async def _start(
     )
     stack.callback(engine.shutdown, timeout=max(15, config.shutdown_timeout))
     if on_cpu:
-        await cast(Any, engine).collective_rpc("guard", args=(os.getpid(),))
+        guarded: list[bool] = await cast(Any, engine).collective_rpc("guard", args=(os.getpid(),))
+        if not all(guarded):
+            progress("a worker on another machine will not notice if this process is killed")
     progress("building the API")
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
