@@ -32,8 +32,11 @@ test: check ## everything that CI runs: check, then the tests
 bench: install ## measure; ARGS go to `python -m bench`
 	.venv/bin/python -m bench $(ARGS)
 
-tiny: install ## train the embedded model again
-	.venv/bin/python -m finetune.tiny.train --out models/mull-tiny $(ARGS)
+tiny: install ## train the embedded model again, in two stages; resumes where it was stopped
+	.venv/bin/python -m finetune.tiny.train --out runs/mull-tiny/stage-1 --work runs/mull-tiny/1
+	.venv/bin/python -m finetune.tiny.train --init runs/mull-tiny/stage-1 --out models/mull-tiny \
+		--work runs/mull-tiny/2 --steps 400 --muon-rate 0.007 --adam-rate 7e-4 --warm-up 20 \
+		--decay 0.95 --curriculum 0 --seed 1
 
 clean: ## remove caches and builds, keep .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
