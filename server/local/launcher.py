@@ -17,6 +17,7 @@ from typing import Any, cast
 import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.config import LOGGING_CONFIG
 
 # Importing vLLM takes some six seconds, so the progress line comes before this module is imported.
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -24,14 +25,16 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import (
     make_arg_parser,
-    propagate_flash_late_interaction,
+    propagate_flash_late_interaction,  # pyright: ignore[reportUnknownVariableType]
     validate_parsed_serve_args,
 )
 from vllm.entrypoints.launchers.launcher import (
     NoSignalServer,
     setup_server,  # pyright: ignore[reportUnknownVariableType]
 )
-from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.server_utils import (
+    get_uvicorn_log_config,  # pyright: ignore[reportUnknownVariableType]
+)
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -195,7 +198,7 @@ async def _until_over(
 
 
 def _uvicorn(args: Namespace, door: Door) -> uvicorn.Config:
-    log_config = get_uvicorn_log_config(args)
+    log_config = cast(dict[str, Any] | None, get_uvicorn_log_config(args))
     config = uvicorn.Config(
         door,
         host=args.host,
@@ -209,7 +212,7 @@ def _uvicorn(args: Namespace, door: Door) -> uvicorn.Config:
         ssl_cert_reqs=args.ssl_cert_reqs,
         ssl_ciphers=args.ssl_ciphers,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-        **({} if log_config is None else {"log_config": log_config}),
+        log_config=log_config or LOGGING_CONFIG,
     )
     cast(Any, config).h11_max_header_count = args.h11_max_header_count
     return config
