@@ -22,7 +22,7 @@ What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority,
 --disable-uvicorn-access-log; on a CPU also --block-size 32, and --dtype float32 where the processor
 has no bfloat16 instructions.
 
-Environment: MULL_MAX_BODY_BYTES, MULL_ENGINE_RESTARTS, MULL_ANSWER_SECONDS, and all of vLLM's.
+Environment: MULL_MAX_BODY_BYTES (16777216), MULL_ENGINE_RESTARTS (3), and all of vLLM's.
 """
 
 

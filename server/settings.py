@@ -17,9 +17,6 @@ class Settings(BaseModel):
     engine_restarts: int = Field(
         default=3, ge=0, description="New engines in place before the server gives up."
     )
-    answer_seconds: float = Field(
-        default=2.0, gt=0, description="Limit on reading or comparing one answer."
-    )
 
     @classmethod
     def read(cls) -> "Settings":
