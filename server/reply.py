@@ -12,13 +12,13 @@ def usage_of(selection: Selection) -> Usage | None:
     if not selection.runs:
         return None
     run = selection.runs[-1]
-    return run.trace.usage(run.outcome.chosen.index if run.outcome else None)
+    return run.usage()
 
 
 def mull_field(selection: Selection) -> JSON:
     """What OpenAI's shape has no place for: why the run stopped, the vote, and tokens by fate."""
     run = selection.runs[-1]
-    usage = run.trace.usage(run.outcome.chosen.index if run.outcome else None)
+    usage = run.usage()
     field: JSON = {
         "run": run.id,
         "strategy": selection.strategy.kind,

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.trace import Trace
+from server.trace import Trace, Usage
 from strategies.core.answers import Answers
 from strategies.core.budget import Budget, Limits
 from strategies.core.context import Context, Verifier
@@ -47,6 +47,10 @@ class Run:
         """Search to the end."""
         self.outcome = await self._strategy.solve(self._problem, self._context)
         return self.outcome
+
+    def usage(self) -> Usage:
+        """What the run has spent so far, by fate."""
+        return self.trace.usage(self.outcome.chosen.index if self.outcome else None)
 
     def _emit(self, event: Event) -> None:
         self.trace.record(event)

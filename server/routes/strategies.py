@@ -99,7 +99,7 @@ async def solve(kind: str, request: Request) -> Response:
     if isinstance(reply, Response):
         return reply
     run = selection.runs[-1]
-    spent = run.trace.usage(run.outcome.chosen.index if run.outcome else None)
+    spent = run.usage()
     return JSONResponse(
         native(run, selection, model=reply["model"], usage=exact(reply["usage"], spent))
     )
