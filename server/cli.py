@@ -22,7 +22,10 @@ What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority,
 --disable-uvicorn-access-log; on a CPU also --block-size 32, and --dtype float32 where the processor
 has no bfloat16 instructions.
 
-Environment: MULL_MAX_BODY_BYTES (16777216), MULL_ENGINE_RESTARTS (3), and all of vLLM's.
+Environment: MULL_CONFIG names a YAML file with presets, limits and settings; each setting may also
+be set alone, as MULL_MAX_BODY_BYTES (16777216), MULL_ENGINE_RESTARTS (3), MULL_MAX_RUNNING_REQUESTS
+(512), MULL_MAX_RUNNING_CANDIDATES (the engine's max_num_seqs), MULL_HEARTBEAT_SECONDS (10),
+MULL_KEPT_TRACES (256); and all of vLLM's.
 """
 
 
@@ -57,11 +60,16 @@ def _serve(rest: list[str]) -> int:
     def progress(text: str) -> None:
         print(f"mull: {time.monotonic() - began:5.1f} s  {text}", file=sys.stderr, flush=True)
 
+    try:
+        settings = Settings.read()
+    except ValueError as error:
+        print(f"mull: the configuration is wrong: {error}", file=sys.stderr)
+        return 2
     environment(rest)
     progress("loading vLLM")
     from server.local import launcher
 
-    return asyncio.run(launcher.serve(launcher.parse(rest), Settings.read(), progress))
+    return asyncio.run(launcher.serve(launcher.parse(rest), settings, progress))
 
 
 if __name__ == "__main__":

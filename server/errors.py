@@ -1,42 +1,55 @@
 """One table from our errors to HTTP, in OpenAI's error shape."""
 
 from difflib import get_close_matches
+from typing import Any
 
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from strategies.core.errors import (
+    Busy,
     EngineUnavailable,
     InvalidRequest,
     MullError,
     NoCandidate,
+    NotFound,
     VerifierFailed,
 )
 
 _STATUS: dict[type[MullError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
+    NotFound: (404, "not_found"),
     NoCandidate: (422, "budget_exhausted"),
     VerifierFailed: (422, "verifier_failed"),
+    Busy: (429, "rate_limit_exceeded"),
     EngineUnavailable: (503, "service_unavailable"),
 }
 
 
-def status_of(error: MullError) -> int:
+def status_of(error: Exception) -> int:
     """The HTTP status of one of our errors; 500 where the table has none."""
     return next((status for kind, (status, _) in _STATUS.items() if isinstance(error, kind)), 500)
 
 
-def reply_to(error: MullError) -> JSONResponse:
+def shape(error: Exception) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     status, kind = next(
         (row for cls, row in _STATUS.items() if isinstance(error, cls)), (500, "internal_error")
     )
     field = error.field if isinstance(error, InvalidRequest) else None
+    said = str(error) if isinstance(error, MullError) else "an internal error; see the server's log"
+    return {"error": {"message": said, "type": kind, "param": field, "code": status}}
+
+
+def reply_to(error: Exception) -> JSONResponse:
+    """An error as a whole reply."""
+    seconds = error.seconds if isinstance(error, Busy) else 5
+    status = status_of(error)
     return JSONResponse(
-        {"error": {"message": str(error), "type": kind, "param": field, "code": status}},
+        shape(error),
         status_code=status,
-        headers={"Retry-After": "5"} if status == 503 else None,
+        headers={"Retry-After": str(seconds)} if status in (429, 503) else None,
     )
 
 

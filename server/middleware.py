@@ -1,7 +1,10 @@
 """The thin layer around every generating endpoint: it reads the choice, and completes the reply."""
 
+import asyncio
 import json
+import time
 from collections.abc import Callable, Collection
+from contextlib import AsyncExitStack, aclosing
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -9,82 +12,147 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import reply_to
 from server.reply import exact, mull_field, usage_of
 from server.run import Selection
-from server.selection import ENDPOINTS, SELECTION, choose
-from server.wire import JSON, as_object
+from server.selection import ENDPOINTS, MANY, SELECTION, choose
+from server.settings import Settings
+from server.sse import HEARTBEAT
+from server.trace import told
+from server.wire import JSON, as_list, as_object
+from strategies.core.aio import Background
 from strategies.core.errors import InvalidRequest, MullError
+from strategies.core.events import Grown
 
 
 class Choosing:
     """ASGI middleware. A request that names no strategy passes through byte for byte."""
 
     def __init__(
-        self, app: ASGIApp, *, models: Callable[[], Collection[str]], max_body_bytes: int
+        self, app: ASGIApp, *, models: Callable[[], Collection[str]], settings: Settings
     ) -> None:
         self._app = app
         self._models = models
-        self._max_body_bytes = max_body_bytes
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in ENDPOINTS:
+        path = scope.get("path", "")
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in ENDPOINTS + MANY:
             await self._app(scope, receive, send)
             return
         try:
-            raw = await _body(receive, self._max_body_bytes)
+            raw = await _body(receive, self._settings.max_body_bytes)
             if raw is None:
                 return  # the client left before it had said everything
-            body = _object(raw)
-            changed, selection = (None, None) if body is None else choose(body, self._models())
+            body, changed, selection = _object(raw), None, None
+            if body is not None:
+                headers = Headers(scope=scope)
+                changed, selection = choose(body, self._models(), headers, path, self._settings)
         except MullError as error:
             await reply_to(error)(scope, receive, send)
             return
-        if selection is None:
+        if selection is None or changed is None:
             await self._app(scope, _replay(raw, receive), send)
             return
         raw = json.dumps(changed).encode()
         headers = MutableHeaders(raw=list(scope["headers"]))
         headers["content-length"] = str(len(raw))
+        completing = _Completing(
+            send,
+            selection,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
+            several=changed.get("n") not in (None, 1),
+        )
         token = SELECTION.set(selection)
         try:
-            await self._app(
-                {**scope, "headers": headers.raw},
-                _replay(raw, receive),
-                _Completing(send, selection),
-            )
+            async with AsyncExitStack() as stack:
+                if changed.get("stream"):
+                    await stack.enter_async_context(Background(completing.beat()))
+                    if selection.trace:
+                        narrating = completing.narrate(changed.get("model"), _CHUNKS[path])
+                        await stack.enter_async_context(Background(narrating))
+                await self._app(
+                    {**scope, "headers": headers.raw}, _replay(raw, receive), completing
+                )
         finally:
             SELECTION.reset(token)
 
 
-class _Completing:
-    """Sends on a reply, with exact usage; a whole JSON reply also gets the `mull` field."""
+_CHUNKS = {
+    "/v1/chat/completions": "chat.completion.chunk",
+    "/v1/completions": "text_completion",
+}
 
-    def __init__(self, send: Send, selection: Selection) -> None:
+
+class _Completing:
+    """Sends on a reply, with exact usage; a whole JSON reply also gets the `mull` field.
+
+    A stream gets comments while it is silent and, if asked for, what happens as chunks of its own;
+    its last chunk gets the `mull` field.
+    """
+
+    def __init__(
+        self, send: Send, selection: Selection, *, heartbeat_seconds: float, several: bool
+    ) -> None:
         self._send = send
         self._selection = selection
+        self._heartbeat_seconds = heartbeat_seconds
+        self._several = several
         self._start: Message | None = None
         self._held = b""
-        self._stream = False
+        self._streaming = asyncio.Event()
+        self._over = False
+        self._told = False
+        self._last = time.monotonic()
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             kind = Headers(raw=message["headers"]).get("content-type", "")
-            self._stream = kind.startswith("text/event-stream")
+            if kind.startswith("text/event-stream"):
+                self._streaming.set()
             if message["status"] == 200 and kind.startswith("application/json"):
                 self._start = message
                 return
-        elif message["type"] == "http.response.body" and self._start is not None:
-            self._held += message.get("body", b"")
-            if not message.get("more_body", False):
-                await self._send_whole(self._start)
-            return
-        elif (
-            message["type"] == "http.response.body"
-            and self._stream
-            and b'"usage"' in message.get("body", b"")
-        ):
-            lines = message["body"].split(b"\n")
-            message = {**message, "body": b"\n".join(self._line(line) for line in lines)}
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self._start is not None:
+                self._held += body
+                if not message.get("more_body", False):
+                    await self._send_whole(self._start)
+                return
+            self._over = not message.get("more_body", False)
+            telling = self._several or b'"usage"' in body or b'"finish_reason":"' in body
+            if self._streaming.is_set() and telling:
+                message = {**message, "body": b"\n".join(map(self._line, body.split(b"\n")))}
+        self._last = time.monotonic()
         await self._send(message)
+
+    async def beat(self) -> None:
+        """Send a comment whenever the stream has been silent for a while."""
+        await self._streaming.wait()
+        while not self._over:
+            silent = time.monotonic() - self._last
+            if silent >= self._heartbeat_seconds:
+                await self._comment(HEARTBEAT)
+                silent = 0.0
+            await asyncio.sleep(self._heartbeat_seconds - silent)
+
+    async def narrate(self, model: object, kind: str) -> None:
+        """Send what happens in the run as chunks without choices."""
+        await self._selection.begun.wait()
+        run = self._selection.runs[-1]
+        head: JSON = {"id": run.id, "object": kind, "created": int(time.time()), "model": model}
+        async with aclosing(run.trace.follow()) as happening:
+            async for timed in happening:
+                if isinstance(timed[1], Grown):
+                    continue  # what is not the answer's is not to be read as if it were
+                chunk: JSON = head | {"choices": [], "mull": {"run": run.id} | told(timed)}
+                await self._comment(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+
+    async def _comment(self, piece: bytes) -> None:
+        """Put a piece between those of vLLM, which are whole events each."""
+        await self._streaming.wait()
+        if not self._over:
+            self._last = time.monotonic()
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _send_whole(self, start: Message) -> None:
         reply: JSON = json.loads(self._held)
@@ -111,6 +179,16 @@ class _Completing:
             usage = None if holder is None else as_object(holder.get("usage"))
             if spent is not None and usage is not None:
                 exact(usage, spent)
+        choices = as_list(chunk.get("choices"))
+        outcome = self._selection.runs[-1].outcome if self._selection.runs else None
+        if choices is not None and outcome is not None:
+            found = [one for one in choices if one["index"] < len(outcome.ranked)]
+            if choices and not found:
+                return b""  # vLLM opens all the choices asked for; there were fewer answers
+            chunk["choices"] = found
+            if not self._told:
+                self._told = True
+                chunk["mull"] = mull_field(self._selection)
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
 
 

@@ -1,8 +1,8 @@
 """Replies are folds over a run: the `mull` field, the exact usage, the native reply."""
 
 from server.run import Run, Selection
-from server.trace import Usage
-from server.wire import JSON
+from server.trace import Usage, told
+from server.wire import JSON, as_object
 from strategies.core.events import Aborted, Started
 from strategies.core.types import Candidate
 
@@ -22,6 +22,7 @@ def mull_field(selection: Selection) -> JSON:
     field: JSON = {
         "run": run.id,
         "strategy": selection.strategy.kind,
+        "budget": selection.limits.model_dump(exclude_none=True),
         "usage": {
             "kept_tokens": usage.kept,
             "discarded_tokens": usage.discarded,
@@ -35,35 +36,34 @@ def mull_field(selection: Selection) -> JSON:
     if run.outcome is not None:
         field |= {
             "answer": run.outcome.chosen.answer,
+            "answers": [one.answer for one in run.outcome.ranked],
             "stopped": run.outcome.stopped,
             "candidates": len(run.outcome.candidates),
             "votes": dict(run.outcome.votes),
             "confidence": run.outcome.confidence,
         }
+    if selection.trace:
+        field["trace"] = [told(timed) for timed in run.trace.events]
     return field
 
 
 def exact(usage: JSON, spent: Usage) -> JSON:
     """A usage object of any of vLLM's endpoints, counting everything that was generated.
 
-    `reasoning_tokens` are those that are not in the returned answer.
+    Reasoning tokens are those that are not in the returned answers: whole samples, and what vLLM's
+    reasoning parser counted in the answers themselves.
     """
-    hidden = spent.generated - spent.kept
-    if "completion_tokens" in usage:  # chat and text completions
-        usage["completion_tokens"] = spent.generated
-        usage["total_tokens"] = usage.get("prompt_tokens", 0) + spent.generated
-        usage["completion_tokens_details"] = (usage.get("completion_tokens_details") or {}) | {
-            "reasoning_tokens": hidden
-        }
-    elif (
-        "output_tokens" in usage
-    ):  # Responses, and Anthropic's Messages, which have no total and no details
-        usage["output_tokens"] = spent.generated
-        if "total_tokens" in usage:
-            usage["total_tokens"] = usage.get("input_tokens", 0) + spent.generated
-            usage["output_tokens_details"] = (usage.get("output_tokens_details") or {}) | {
-                "reasoning_tokens": hidden
-            }
+    read, written = "prompt_tokens", "completion_tokens"
+    if written not in usage:  # Responses, and Messages, which has no total and no details
+        read, written = "input_tokens", "output_tokens"
+    usage[written] = spent.generated
+    if usage.get(f"{read}_details", 0) is None:  # as in streams, where nothing was cached
+        usage[f"{read}_details"] = {"cached_tokens": spent.answer_cached}
+    if "total_tokens" in usage:
+        usage["total_tokens"] = usage.get(read, 0) + spent.generated
+        details = as_object(usage.get(f"{written}_details")) or {}
+        hidden = spent.generated - spent.kept + (details.get("reasoning_tokens") or 0)
+        usage[f"{written}_details"] = details | {"reasoning_tokens": hidden}
     return usage
 
 
@@ -102,7 +102,7 @@ def native(run: Run, selection: Selection, *, model: str, usage: JSON) -> JSON:
         "mull": mull_field(selection),
         "timings": {
             "first_sample_seconds": round(min(began.values(), default=0.0), 6),
-            "total_seconds": round(run.trace.events[-1][0], 6),
+            "total_seconds": round(run.trace.seconds, 6),
         },
     }
 
@@ -111,10 +111,23 @@ def _candidate(candidate: Candidate, run: Run) -> JSON:
     assert run.outcome is not None
     return {
         "index": candidate.index,
-        "fate": "kept" if candidate.index == run.outcome.chosen.index else "discarded",
+        "fate": "kept" if candidate in run.outcome.ranked else "discarded",
         "tokens": len(candidate.token_ids),
         "text": candidate.text,
         "answer": candidate.answer,
         "score": run.outcome.scores.get(candidate.index),
         "finish_reason": candidate.finish_reason,
+    }
+
+
+def summary(run: Run) -> JSON:
+    """The reply of `GET /v1/traces/{id}`."""
+    return {
+        "object": "strategy.trace",
+        "over": run.trace.over,
+        "seconds": round(run.trace.seconds, 6),
+        "request_id": run.selection.request_id,
+        "user": run.selection.user,
+        "mull": mull_field(run.selection),
+        "events": [told(timed) for timed in run.trace.events],
     }

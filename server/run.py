@@ -1,15 +1,16 @@
 """One request's life: a strategy on a problem, with its engine, budget, answers and trace."""
 
-import uuid
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.trace import Trace, Usage
 from strategies.core.answers import Answers
 from strategies.core.budget import Budget, Limits
-from strategies.core.context import Context, Verifier
+from strategies.core.context import Context, Read, Verifier
 from strategies.core.engine import Engine
-from strategies.core.events import Event
+from strategies.core.errors import MullError
+from strategies.core.events import Event, Failed
 from strategies.core.sandbox import Sandbox
 from strategies.core.strategy import Strategy
 from strategies.core.types import Outcome, Problem
@@ -26,11 +27,12 @@ class Run:
         sandbox: Sandbox,
         answers: Answers,
         listen: Callable[[Event], None],
+        name: str,
     ) -> None:
-        self.id = f"run-{uuid.uuid4().hex}"
+        self.id = name
+        self.selection = selection
         self.trace = Trace()
         self.outcome: Outcome | None = None
-        self._strategy = selection.strategy
         self._problem = problem
         self._listen = listen
         self._context = Context(
@@ -41,29 +43,58 @@ class Run:
             emit=self._emit,
             verifier=selection.verifier,
             answer_format=selection.strategy.answer,
+            read=selection.read,
         )
 
     async def solve(self) -> Outcome:
         """Search to the end."""
-        self.outcome = await self._strategy.solve(self._problem, self._context)
-        return self.outcome
+        try:
+            outcome = await self.selection.strategy.solve(self._problem, self._context)
+        except asyncio.CancelledError:
+            self._emit(Failed(stopped="cancelled"))
+            raise
+        except MullError as error:
+            self._emit(Failed(stopped="error", error=str(error)))
+            raise
+        except BaseException as error:
+            self._emit(Failed(stopped="error", error=type(error).__name__))
+            raise
+        self.outcome = outcome
+        return outcome
 
     def usage(self) -> Usage:
         """What the run has spent so far, by fate."""
-        return self.trace.usage(self.outcome.chosen.index if self.outcome else None)
+        return self.trace.usage()
 
     def _emit(self, event: Event) -> None:
         self.trace.record(event)
         self._listen(event)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Selection:
-    """What a request chose, and the runs that came of it."""
+    """What a request chose, who asked, and the runs that came of it."""
 
     strategy: Strategy
     limits: Limits
     verifier: Verifier | None
     question: str = ""
     """The question in the client's own words, for verifiers that read it."""
+    trace: bool = False
+    """Whether the reply is to show what happened."""
+    owner: str = ""
+    """A digest of the key that asked."""
+    request_id: str | None = None
+    """The client's own name of the request."""
+    user: str | None = None
+    """Whom the client says it asks for; it stands in the trace."""
+    read: Read | None = None
+    """How the model's server tells reasoning and tool calls from the answer."""
     runs: list[Run] = field(default_factory=list[Run])
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set with the first run."""
+
+    def begin(self, run: Run) -> None:
+        """Put a run on record."""
+        self.runs.append(run)
+        self.begun.set()

@@ -1,18 +1,25 @@
 """Which strategy a request names, and the request that vLLM is to see instead.
 
-A strategy is named by the body field `strategy` (an object with `kind`, or the kind alone) or by a
-suffix of the model (`mull-tiny:self_consistency`), on every endpoint that generates. This is the
-pure part: JSON in, JSON and a `Selection` out.
+A strategy is named by the body field `strategy`, the header `X-Mull-Strategy`, a suffix of the
+model (`mull-tiny:self_consistency`) or `vllm_xargs.strategy`, on every endpoint that generates:
+each time a kind, a preset, or a whole strategy as JSON. This is the pure part: JSON in, JSON and a
+`Selection` out.
 """
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from dataclasses import field as default
+from hashlib import sha256
 from typing import Any
 
 from pydantic import ValidationError
+from starlette.datastructures import Headers
 
 from server.errors import nearest, refusal
 from server.run import Selection
+from server.settings import Settings
 from server.verifiers.catalogue import resolve
 from server.wire import JSON, as_list, as_object
 from strategies.core.budget import Limits
@@ -25,19 +32,49 @@ SELECTION: ContextVar[Selection | None] = ContextVar("selection", default=None)
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
+MANY = ("/v1/chat/completions/batch",)
+"""Endpoints of many prompts, where a strategy is refused."""
+
+_CHUNKED = ENDPOINTS[:2]
+"""Endpoints whose streams have room for what happens."""
+
+_NOBODY = "?"
+"""Owns a run whose asker is not known: no key's digest, nor the owner of those who send none."""
+
+_HEADER = "x-mull-strategy"
+_LONGEST = 16_384
+"""Characters of a strategy in a header or in `vllm_xargs`."""
+
 _REFUSED: dict[str, str] = {
-    "n": "the strategy draws the samples: set its own 'n'",
     "best_of": "the strategy draws the samples: set its own 'n'",
+    "echo": "the prompt is no part of an answer",
     "use_beam_search": "choose one search: drop 'use_beam_search' or 'strategy'",
+    "length_penalty": "it belongs to 'use_beam_search'",
     "prompt_logprobs": "a search has many sequences; ask for prompt_logprobs without a strategy",
+    "kv_transfer_params": "a transfer has one sequence, a search has many",
+    "ec_transfer_params": "a transfer has one sequence, a search has many",
     "background": "a search runs within its request; drop 'background'",
 }
 """Fields that a strategy cannot obey, unless they are at the value that asks for nothing."""
 
-_ASKS_FOR_NOTHING = (None, False, 1)
+_ONE_IS_NOTHING = ("best_of", "length_penalty")
 
 
-def choose(body: JSON, models: Collection[str]) -> tuple[JSON, Selection | None]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One place in a request that names a strategy."""
+
+    place: str
+    strategy: Strategy
+    budget: Limits = default(default_factory=Limits)
+    """A preset's."""
+    bare: bool = False
+    """Whether it names no more than a kind, and so agrees with all of that kind."""
+
+
+def choose(
+    body: JSON, models: Collection[str], headers: Headers, path: str, settings: Settings
+) -> tuple[JSON, Selection | None]:
     """Split a request into what vLLM is to see and what the client chose of Mull.
 
     `models` are served names.
@@ -46,44 +83,113 @@ def choose(body: JSON, models: Collection[str]) -> tuple[JSON, Selection | None]
         InvalidRequest: The choice is unknown, contradictory or out of bounds; the field is named.
     """
     model, suffix = _split(body.get("model"), models)
-    named = body.get("strategy")
-    if named is None and suffix is None:
-        if "budget" in body:
-            raise InvalidRequest(
-                "a budget bounds a strategy: name one in 'strategy'", field="budget"
-            )
+    xargs = as_object(body.get("vllm_xargs")) or {}
+    said = headers.getlist(_HEADER)
+    choices = [
+        _named(named, field, settings)
+        for field, named in (
+            ("strategy", body.get("strategy")),
+            *(("X-Mull-Strategy", _loaded(_text(one), "X-Mull-Strategy")) for one in said),
+            ("vllm_xargs.strategy", _loaded(xargs.get("strategy"), "vllm_xargs.strategy")),
+            ("model", suffix),
+        )
+        if named is not None
+    ]
+    budget = _budget(body.get("budget"), _loaded(xargs.get("budget"), "vllm_xargs.budget"))
+    if not choices:
+        for field, words in (("budget", "bounds"), ("trace", "shows the progress of")):
+            if field in body or (field == "budget" and budget is not None):
+                raise InvalidRequest(
+                    f"'{field}' {words} a strategy: name one in 'strategy'", field=field
+                )
         return body, None
-    strategy = _strategy(named, suffix)
-    rest = {key: value for key, value in body.items() if key not in ("strategy", "budget")}
+    if path in MANY:
+        raise InvalidRequest("a strategy takes one prompt per request", field="strategy")
+    choice = _agreed(choices)
+    rest = {key: value for key, value in body.items() if key not in ("strategy", "budget", "trace")}
     if model is not None:
         rest["model"] = model
-    return select(strategy, body.get("budget"), rest)
+    if xargs:
+        rest["vllm_xargs"] = {k: v for k, v in xargs.items() if k not in ("strategy", "budget")}
+        if not rest["vllm_xargs"]:
+            del rest["vllm_xargs"]
+    if path in ENDPOINTS and path not in _CHUNKED and rest.get("n") not in (None, 1):
+        raise InvalidRequest(f"{path} gives one answer; drop 'n'", field="n")
+    trace = traced(body)
+    if trace and body.get("stream") and path not in _CHUNKED:
+        raise InvalidRequest(f"a stream of {path} has no room for a trace", field="trace")
+    limits = (budget or Limits()).over(choice.budget).capped(settings.limits)
+    asked, selection = select(choice.strategy, limits, rest)
+    _sign(selection, body, headers)
+    selection.trace = trace
+    return asked, selection
 
 
-def select(strategy: Strategy, budget: Any, request: JSON) -> tuple[JSON, Selection]:
+def from_xargs(extra: JSON, settings: Settings) -> Selection | None:
+    """The choice in `vllm_xargs` on an endpoint that has no other; None if it names no strategy.
+
+    Raises:
+        InvalidRequest: The choice is unknown or out of bounds.
+    """
+    named = _loaded(extra.get("strategy"), "vllm_xargs.strategy")
+    if named is None:
+        return None
+    choice = _named(named, "vllm_xargs.strategy", settings)
+    budget = _budget(None, _loaded(extra.get("budget"), "vllm_xargs.budget")) or Limits()
+    limits = budget.over(choice.budget).capped(settings.limits)
+    _, selection = select(choice.strategy, limits, {})
+    selection.owner = _NOBODY
+    return selection
+
+
+def owner(headers: Mapping[str, str]) -> str:
+    """A digest of the key that a request came with; empty if there was none."""
+    key = headers.get("authorization") or headers.get("x-api-key")
+    return sha256(key.encode()).hexdigest() if key else ""
+
+
+def traced(body: JSON) -> bool:
+    """Whether the reply is to show what happened.
+
+    Raises:
+        InvalidRequest: It is no truth value.
+    """
+    trace = body.get("trace", False)
+    if not isinstance(trace, bool):
+        raise InvalidRequest("'trace' is true or false", field="trace")
+    return trace
+
+
+def select(strategy: Strategy, limits: Limits, request: JSON) -> tuple[JSON, Selection]:
     """The request that vLLM is to see, and the strategy with its budget and verifier, ready to run.
 
     Raises:
-        InvalidRequest: The budget, the verifier or a field of the request is refused; the field is
-            named.
+        InvalidRequest: The verifier or a field of the request is refused; the field is named.
     """
     for field, reason in _REFUSED.items():
-        if request.get(field) not in _ASKS_FOR_NOTHING:
+        value = request.get(field)
+        idle = value is None or value is False or (field in _ONE_IS_NOTHING and value == 1)
+        if not idle:
             raise InvalidRequest(
                 f"'{field}' cannot be combined with a strategy: {reason}", field=field
             )
+    answers = request.get("n")
+    if isinstance(answers, int) and not 1 <= answers <= strategy.most():
+        raise InvalidRequest(
+            f"{strategy.kind} draws {strategy.most()} samples at most, so it gives 1 to "
+            f"{strategy.most()} distinct answers, not {answers}",
+            field="n",
+        )
     prompts = as_list(request.get("prompt"))
     # One list of token ids is one prompt; so is a list that holds one prompt.
     if prompts and len(prompts) > 1 and not all(isinstance(one, int) for one in prompts):
         raise InvalidRequest("a strategy takes one prompt per request", field="prompt")
-    try:
-        limits = Limits() if budget is None else Limits.model_validate(budget)
-    except ValidationError as error:
-        raise refusal(error, inside="budget") from error
     choice = strategy.judged_by()
-    verifier = None if choice is None else resolve(choice)
     return _with_prompting(request, strategy), Selection(
-        strategy, limits, verifier, _question(request)
+        strategy=strategy,
+        limits=limits,
+        verifier=None if choice is None else resolve(choice),
+        question=_question(request),
     )
 
 
@@ -121,40 +227,103 @@ def parse(value: JSON, *, inside: str) -> Strategy:
 
 
 def _split(model: Any, models: Collection[str]) -> tuple[str | None, str | None]:
-    """The served model and the strategy of `model:strategy`.
+    """The served model and the choice of `model:choice`.
 
     A served name with a colon in it is left whole.
     """
     if not isinstance(model, str) or model in models or ":" not in model:
         return (model if isinstance(model, str) else None), None
     name, _, suffix = model.rpartition(":")
-    if name not in models:
-        return model, None
-    if suffix not in STRATEGIES:
-        raise InvalidRequest(
-            f"there is no strategy '{suffix}' for model '{name}'; "
-            f"{nearest(suffix, list(STRATEGIES))}",
-            field="model",
-        )
-    return name, suffix
+    return (name, suffix) if name in models else (model, None)
 
 
-def _strategy(named: object, suffix: str | None) -> Strategy:
-    if named is None:
-        wire: JSON | None = {"kind": suffix}
-    else:
-        wire = {"kind": named} if isinstance(named, str) else as_object(named)
+def _text(header: str) -> str:
+    """Starlette reads a header's bytes as Latin-1, but JSON is UTF-8."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        raise InvalidRequest("'X-Mull-Strategy' is not UTF-8", field="X-Mull-Strategy") from None
+
+
+def _loaded(named: object, field: str) -> object:
+    """A choice that came as text: JSON, or a name."""
+    if not isinstance(named, str):
+        if named is not None:
+            raise InvalidRequest(f"'{field}' is a name, or JSON as text", field=field)
+        return None
+    if len(named) > _LONGEST:
+        raise InvalidRequest(f"'{field}' is longer than {_LONGEST} characters", field=field)
+    if not named.lstrip().startswith("{"):
+        return named.strip()
+    try:
+        return json.loads(named)
+    except (ValueError, RecursionError):
+        raise InvalidRequest(f"'{field}' is not JSON", field=field) from None
+
+
+def _named(named: object, field: str, settings: Settings) -> Choice:
+    """What one place of a request chooses."""
+    if isinstance(named, str):
+        if (preset := settings.presets.get(named)) is not None:
+            return Choice(place=field, strategy=preset.strategy, budget=preset.budget)
+        if named not in STRATEGIES:
+            hint = nearest(named, [*STRATEGIES, *settings.presets])
+            inside = "strategy.kind" if field == "strategy" else field
+            raise InvalidRequest(f"there is no strategy '{named[:100]}'; {hint}", field=inside)
+        return Choice(place=field, strategy=parse({"kind": named}, inside=field), bare=True)
+    wire = as_object(named)
     if wire is None:
+        raise InvalidRequest(f"'{field}' is an object with a 'kind', or a name alone", field=field)
+    return Choice(place=field, strategy=parse(wire, inside=field), bare=wire.keys() == {"kind"})
+
+
+def _agreed(choices: list[Choice]) -> Choice:
+    """The one choice that all places make."""
+    best, *others = sorted(choices, key=lambda one: one.bare)
+    for other in others:
+        same_kind = other.strategy.kind == best.strategy.kind
+        if not (same_kind and (other.bare or other.strategy == best.strategy)):
+            one, later = sorted((best, other), key=choices.index)
+            raise InvalidRequest(
+                f"'{one.place}' says {one.strategy.kind} and '{later.place}' says "
+                f"{later.strategy.kind}"
+                + (" with other parameters" if same_kind else "")
+                + "; name one",
+                field=later.place,
+            )
+    first, *others = [one for one in choices if one.budget != Limits()] or [best]
+    for other in others:
+        if other.budget != first.budget:
+            raise InvalidRequest(
+                f"the presets in '{first.place}' and '{other.place}' have different budgets; "
+                "name one",
+                field=other.place,
+            )
+    return replace(best, budget=first.budget)
+
+
+def _budget(body: object, xargs: object) -> Limits | None:
+    """The budget that the client names, once or twice the same."""
+    found: list[Limits] = []
+    for field, budget in (("budget", body), ("vllm_xargs.budget", xargs)):
+        if budget is not None:
+            try:
+                found.append(Limits.model_validate(budget))
+            except ValidationError as error:
+                raise refusal(error, inside=field) from error
+    if len(found) == 2 and found[0] != found[1]:
         raise InvalidRequest(
-            "'strategy' is an object with a 'kind', or the kind alone", field="strategy"
+            "'budget' and 'vllm_xargs.budget' differ; name one", field="vllm_xargs.budget"
         )
-    strategy = parse(wire, inside="strategy")
-    if suffix is not None and strategy.kind != suffix:
-        raise InvalidRequest(
-            f"'strategy' says {strategy.kind} and the model's suffix says {suffix}; name one",
-            field="strategy",
-        )
-    return strategy
+    return found[0] if found else None
+
+
+def _sign(selection: Selection, body: JSON, headers: Mapping[str, str]) -> None:
+    """Put on record who asks, and how."""
+    user = body.get("user")
+    selection.owner = owner(headers)
+    selection.request_id = headers.get("x-request-id")
+    selection.user = user if isinstance(user, str) else None
 
 
 def _question(body: JSON) -> str:

@@ -1,13 +1,45 @@
 """The only reader of the environment, and the only writer of what vLLM reads from it."""
 
 import os
+import re
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from server.verifiers.catalogue import resolve
+from server.wire import as_object
+from strategies.core.budget import Limits
+from strategies.core.errors import InvalidRequest
+from strategies.registry import STRATEGIES, AnyStrategy
+
+
+class Preset(BaseModel):
+    """A strategy with a name, for clients that can only pick a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strategy: AnyStrategy
+    budget: Limits = Field(default=Limits(), description="Where the request sets none.")
+    description: str = Field(default="", max_length=1000)
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if (choice := self.strategy.judged_by()) is not None:
+            try:
+                resolve(choice)
+            except InvalidRequest as error:
+                raise ValueError(str(error)) from None
+        return self
 
 
 class Settings(BaseModel):
-    """What an operator may set in the environment, each as MULL_<NAME>."""
+    """What an operator may set: in the YAML file that MULL_CONFIG names, or as MULL_<NAME>.
+
+    The environment wins. Presets and limits are for the file only.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -17,18 +49,64 @@ class Settings(BaseModel):
     engine_restarts: int = Field(
         default=3, ge=0, description="New engines in place before the server gives up."
     )
+    max_running_requests: int = Field(
+        default=512, ge=1, description="Strategy requests at once; one more is told to come again."
+    )
+    max_running_candidates: int | None = Field(
+        default=None, ge=1, description="Candidates at once; unset: the engine's max_num_seqs."
+    )
+    heartbeat_seconds: float = Field(
+        default=10.0, gt=0, le=3600, description="Longest silence of a stream."
+    )
+    kept_traces: int = Field(
+        default=256, ge=0, le=100_000, description="Ended runs that GET /v1/traces still knows."
+    )
+    limits: Limits = Field(default=Limits(), description="No request's budget is larger.")
+    presets: dict[str, Preset] = Field(
+        default_factory=dict[str, Preset], description="Strategies by name."
+    )
+
+    @field_validator("presets")
+    @classmethod
+    def _named(cls, presets: dict[str, Preset]) -> dict[str, Preset]:
+        for name in presets:
+            if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name) is None:
+                raise ValueError(f"a preset cannot be called '{name}'")
+            if name in STRATEGIES:
+                raise ValueError(f"'{name}' is a strategy, and cannot be a preset as well")
+        return presets
 
     @classmethod
     def read(cls) -> "Settings":
-        """From the environment.
+        """From the file and the environment.
 
         Raises:
-            pydantic.ValidationError: A value is out of bounds; the message names it.
+            ValueError: The file cannot be read, or a value is unknown or out of bounds; the message
+                names it.
         """
-        names = {name: os.environ.get(f"MULL_{name.upper()}") for name in cls.model_fields}
-        return cls.model_validate(
-            {name: value for name, value in names.items() if value is not None}
-        )
+        path = os.environ.get("MULL_CONFIG")
+        found = _file(Path(path)) if path else {}
+        scalars = cls.model_fields.keys() - {"limits", "presets"}
+        names = {name: os.environ.get(f"MULL_{name.upper()}") for name in scalars}
+        given = {name: value for name, value in names.items() if value is not None}
+        try:
+            return cls.model_validate(found | given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            place = f"MULL_{key.upper()}" if key in given else f"MULL_CONFIG: {key}"
+            raise ValueError(f"{place}: {first['msg']}") from None
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"MULL_CONFIG: {path} cannot be read: {reason}") from None
+    if (fields := as_object({} if found is None else found)) is None:
+        raise ValueError(f"MULL_CONFIG: {path} is not a mapping of settings")
+    return fields
 
 
 def prepare_vllm(*, cpu: bool, single_worker: bool) -> None:

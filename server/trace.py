@@ -3,28 +3,48 @@
 Replies, usage and metrics are folds over this.
 """
 
+import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from strategies.core.events import Aborted, Event, Sampled, Scored, Started
+from strategies.core.events import (
+    Aborted,
+    Chosen,
+    Committed,
+    Event,
+    Failed,
+    Grown,
+    Sampled,
+    Scored,
+    Started,
+    Voted,
+)
+
+Timed = tuple[float, Event]
+"""(seconds since the start, event)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Tokens by fate.
 
-    `kept` is the answer's; `discarded` were finished and not chosen; `aborted` were stopped.
+    `kept` are those of the answers returned; `discarded` were finished and not returned; `aborted`
+    were stopped.
     """
 
-    kept: int
-    discarded: int
-    aborted: int
-    verifier: int
-    prompt: int
-    """Prompt tokens asked of the engine, over all its calls."""
-    cached: int
+    kept: int = 0
+    discarded: int = 0
+    aborted: int = 0
+    verifier: int = 0
+    prompt: int = 0
+    """Prompt tokens that the engine worked on, over all its calls."""
+    cached: int = 0
     """Those of them that came from the prefix cache."""
-    engine_calls: int
+    engine_calls: int = 0
+    answer_cached: int = 0
+    """Prompt tokens from the prefix cache when the answer was generated."""
 
     @property
     def generated(self) -> int:
@@ -33,28 +53,65 @@ class Usage:
 
 
 class Trace:
-    """One ordered list of events. Grows while the run lasts; `record` never awaits."""
+    """One ordered list of events. Grows while the run lasts; `record` never awaits.
+
+    Pieces of sequences go to followers only: the finished sequence says them again.
+    """
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self.events: list[tuple[float, Event]] = []
-        """(seconds since the start, event)."""
+        self._followers: set[asyncio.Queue[Timed | None]] = set()
+        self.over = False
+        self.events: list[Timed] = []
 
     def record(self, event: Event) -> None:
-        """Append an event."""
-        self.events.append((time.monotonic() - self._started, event))
+        """Append an event; `Chosen` and `Failed` are the last."""
+        if isinstance(event, Sampled):  # log-probabilities are many, and nothing here reads them
+            bare = replace(event.candidate, logprobs=(), pieces=(), top_logprobs=())
+            event = Sampled(candidate=bare)
+        timed = (time.monotonic() - self._started, event)
+        if not isinstance(event, Grown):
+            self.events.append(timed)
+        self.over = self.over or isinstance(event, Chosen | Failed)
+        for follower in self._followers:
+            follower.put_nowait(timed)
+            if self.over:
+                follower.put_nowait(None)
 
-    def usage(self, chosen: int | None) -> Usage:
-        """The sums, when candidate `chosen` is the answer."""
+    async def follow(self) -> AsyncGenerator[Timed, None]:
+        """Everything so far, and then whatever happens until the run is over."""
+        heard: asyncio.Queue[Timed | None] = asyncio.Queue()
+        for timed in [*self.events, *([None] if self.over else [])]:
+            heard.put_nowait(timed)
+        self._followers.add(heard)
+        try:
+            while (timed := await heard.get()) is not None:
+                yield timed
+        finally:
+            self._followers.discard(heard)
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last event, or to now while the run lasts."""
+        return self.events[-1][0] if self.over else time.monotonic() - self._started
+
+    def usage(self) -> Usage:
+        """The sums so far; before the end, nothing is kept yet."""
+        returned: tuple[int, ...] = ()
+        answer_cached = 0
         kept = discarded = aborted = verifier = prompt = cached = calls = 0
-        for _, event in self.events:
+        for _, event in reversed(self.events):
             match event:
+                case Chosen():
+                    returned = event.returned
                 case Started():
                     calls += 1
                 case Sampled(candidate=candidate):
                     prompt += candidate.prompt_tokens
                     cached += candidate.cached_tokens
-                    if candidate.index == chosen:
+                    if candidate.index in returned[:1]:
+                        answer_cached = candidate.cached_tokens
+                    if candidate.index in returned:
                         kept += len(candidate.token_ids)
                     else:
                         discarded += len(candidate.token_ids)
@@ -74,4 +131,31 @@ class Trace:
             prompt=prompt,
             cached=cached,
             engine_calls=calls,
+            answer_cached=answer_cached,
         )
+
+
+def told(timed: Timed) -> dict[str, Any]:
+    """An event as clients read it."""
+    seconds, event = timed
+    said: dict[str, Any] = {"event": type(event).__name__.lower(), "seconds": round(seconds, 6)}
+    match event:
+        case Grown():
+            said |= {"index": event.index, "text": event.chunk.text}
+            said |= {"tokens": len(event.chunk.token_ids)}
+        case Sampled(candidate=candidate):
+            said |= {"index": candidate.index, "answer": candidate.answer}
+            said |= {"tokens": len(candidate.token_ids), "finish_reason": candidate.finish_reason}
+        case Scored():
+            said |= {"index": event.index, "score": event.score, "tokens": event.tokens}
+        case Voted():
+            said |= {"index": event.index, "answer": event.answer, "weight": event.weight}
+        case Started() | Aborted():
+            said |= {"index": event.index, "tokens": event.tokens}
+        case Committed():
+            said |= {"index": event.index}
+        case Chosen():
+            said |= {"index": event.index, "stopped": event.stopped}
+        case Failed():
+            said |= {"stopped": event.stopped, "error": event.error}
+    return said

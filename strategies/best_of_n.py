@@ -33,12 +33,18 @@ class BestOfN(Strategy, frozen=True):
         description="Who judges: a kind from GET /v1/verifiers, or an object with its parameters.",
     )
 
+    def most(self) -> int:
+        """All its samples."""
+        return self.n
+
     def judged_by(self) -> VerifierChoice:
         """The verifier that scores every candidate."""
         return self.verifier
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Sample, judge, choose."""
+        if self.n == 1:
+            ctx.commit(0)
         candidates = await ctx.sample_many(problem, self.n)
         verdicts = await ctx.verify(problem, candidates)
         scores = {
@@ -46,22 +52,24 @@ class BestOfN(Strategy, frozen=True):
             for candidate, verdict in zip(candidates, verdicts, strict=True)
         }
         if self.select == "max":
-            return ctx.choose(_best(candidates, scores), among=candidates, scores=scores)
+            ranked = sorted(candidates, key=lambda one: _badness(one, scores))
+            return await ctx.choose(problem, ranked, scores=scores)
         tally = Tally()
-        voters: dict[str, list[Candidate]] = {}
+        voted: dict[int, str] = {}
         for candidate in [one for one in candidates if one.complete] or candidates:
             if candidate.answer is None:
                 continue
-            place = await ctx.answers.place(candidate.answer, tally.answers, ctx.answer_format)
-            counted = tally.count(place, candidate.answer, scores[candidate.index], candidate.index)
-            if counted is not None:
-                voters.setdefault(counted, []).append(candidate)
-                ctx.vote(candidate, counted, scores[candidate.index])
-        ranked = tally.ranked()
-        winners = voters[tally.answers[ranked[0]]] if ranked else candidates
-        votes = dict(zip(tally.answers, tally.weights, strict=True))
-        return ctx.choose(_best(winners, scores), among=candidates, scores=scores, votes=votes)
+            place = await ctx.place(candidate.answer, tally.answers)
+            score = scores[candidate.index]
+            counted = tally.count(place, candidate.answer, score, candidate.index)
+            voted[candidate.index] = counted
+            ctx.vote(candidate, counted, score)
+        ranked = sorted(
+            candidates, key=lambda one: (tally.rank(voted.get(one.index)), *_badness(one, scores))
+        )
+        return await ctx.choose(problem, ranked, scores=scores, votes=tally.votes)
 
 
-def _best(candidates: list[Candidate], scores: dict[int, float]) -> Candidate:
-    return max(candidates, key=lambda one: (one.complete, scores[one.index], -one.index))
+def _badness(candidate: Candidate, scores: dict[int, float]) -> tuple[float, ...]:
+    """Sorts the best first: ended by itself, then the higher score, then the earlier."""
+    return (not candidate.complete, -scores[candidate.index], candidate.index)

@@ -35,7 +35,7 @@ class ChainOfThought(Strategy, frozen=True):
         async with ctx.sampling(problem, 1) as arrivals:
             ctx.commit(0)
             candidate = await anext(arrivals)
-        return ctx.choose(candidate, among=[candidate])
+        return await ctx.choose(problem, [candidate])
 
     def examples_shown(self) -> tuple[Example, ...]:
         """The worked problems."""

@@ -7,7 +7,14 @@ from pydantic import Field, model_validator
 from strategies.core.context import Context
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
-from strategies.core.vote import StopRule, Tally, decided, fewest_to_decide, majority_confidence
+from strategies.core.vote import (
+    StopRule,
+    Tally,
+    decided,
+    fewest_to_decide,
+    majority_confidence,
+    unassailable,
+)
 
 
 class _Bounds(TypedDict):
@@ -74,6 +81,10 @@ class SelfConsistency(Strategy, frozen=True):
             raise ValueError("early_stop 'confidence' counts whole votes; choose weight 'none'")
         return self
 
+    def most(self) -> int:
+        """All its samples."""
+        return self.n
+
     def judged_by(self) -> VerifierChoice | None:
         """The verifier that weighs the votes, if any."""
         if self.weight == "confidence":
@@ -84,11 +95,18 @@ class SelfConsistency(Strategy, frozen=True):
         """Start samples, count them as they come, stop when the vote is over."""
         tally = Tally()
         candidates: list[Candidate] = []
-        voters: dict[str, list[Candidate]] = {}
+        voted: dict[int, str] = {}
         scores: dict[int, float] = {}
         held: dict[int, Candidate] = {}
         in_order = self.early_stop in ("confidence", "window")
-        over = False
+        committed = over = False
+        if self.n == 1:
+            committed = True
+            ctx.commit(0)
+
+        def badness(one: Candidate) -> tuple[int, bool, int]:
+            return (tally.rank(voted.get(one.index)), not one.complete, one.index)
+
         first = self.n if self.start == "all" else self._wanted(tally, 0)
         async with ctx.sampling(problem, first) as arrivals:
             while True:
@@ -107,35 +125,35 @@ class SelfConsistency(Strategy, frozen=True):
                     if self.weight != "none":
                         [verdict] = await ctx.verify(problem, [candidate])
                         weight = scores[index] = verdict.score
-                    place = None
-                    if candidate.answer is not None:
-                        place = await ctx.answers.place(
-                            candidate.answer, tally.answers, ctx.answer_format
-                        )
-                    counted = tally.count(place, candidate.answer, weight, index)
-                    if counted is not None:
-                        voters.setdefault(counted, []).append(candidate)
-                        ctx.vote(candidate, counted, weight)
-                    over = decided(
-                        self.early_stop, tally, self.n - len(tally.recent), **self._bounds()
-                    )
+                    if candidate.answer is None:
+                        tally.blank()
+                    else:
+                        place = await ctx.place(candidate.answer, tally.answers)
+                        voted[index] = tally.count(place, candidate.answer, weight, index)
+                        ctx.vote(candidate, voted[index], weight)
+                    left = self.n - len(tally.recent)
+                    over = decided(self.early_stop, tally, left, **self._bounds())
+                    best = min(candidates, key=badness)
+                    # What still runs could only replace the winner by an earlier sample.
+                    settled = best.complete and best.index < arrivals.earliest
+                    if not committed and (over or (settled and unassailable(*tally.lead, left))):
+                        committed = True
+                        ctx.commit(best.index)
                 if over or arrived is None:
                     break
                 missing = self._wanted(tally, arrivals.pending + len(held))
                 if self.start == "as_needed" and missing > 0:
                     arrivals.start(missing)
         candidates += held.values()
-        ranked = tally.ranked()
-        winners = voters[tally.answers[ranked[0]]] if ranked else candidates
-        best, second = tally.lead
-        return ctx.choose(
-            min(winners, key=lambda one: (not one.complete, one.index)),
-            among=sorted(candidates, key=lambda one: one.index),
+        first_two = [int(weight) for weight in tally.lead]
+        return await ctx.choose(
+            problem,
+            sorted(candidates, key=badness),
             decided=over,
             scores=scores,
-            votes=dict(zip(tally.answers, tally.weights, strict=True)),
-            confidence=majority_confidence(int(best), int(second))
-            if ranked and self.weight == "none"
+            votes=tally.votes,
+            confidence=majority_confidence(*first_two)
+            if tally.answers and self.weight == "none"
             else None,
         )
 

@@ -1,17 +1,71 @@
-"""vLLM's chat handler as a function, for the routes of our own that speak in messages."""
+"""vLLM's serving objects, as our routes and searches use them."""
 
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
 )
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import (
     with_cancellation,  # pyright: ignore[reportUnknownVariableType]
 )
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+from server.errors import refusal
+from server.selection import SELECTION
+from strategies.core.types import Reading
+
+
+def teach(serving: Any, make: str) -> None:
+    """Let a search read each sample as vLLM will read the winner.
+
+    `make` names the method of a serving object that makes a request's parser, which tells reasoning
+    and tool calls from content. Parsers keep state, so each sample gets a new one.
+    """
+    parser = getattr(serving, make)
+
+    def made(request: Any, *args: Any, **kwargs: Any) -> Any:
+        selection, fresh = SELECTION.get(), partial(parser, request, *args, **kwargs)
+        first = fresh()
+        if selection is not None and first is not None:
+            selection.read = partial(_read, fresh, request, serving.enable_auto_tools)
+        return first
+
+    setattr(serving, make, made)
+
+
+def _read(
+    fresh: Callable[[], Any], request: Any, tools: bool, text: str, token_ids: Sequence[int]
+) -> Reading:
+    _, content, calls = fresh().parse(
+        text, request, enable_auto_tools=tools, model_output_token_ids=list(token_ids)
+    )
+    if calls:
+        return Reading(call=canonical(calls), content="")
+    forced = getattr(request, "tool_choice", None) not in (None, "none", "auto")
+    return Reading(call=None, content="" if forced else content or "")
+
+
+def canonical(calls: Sequence[Any]) -> str:
+    """Tool calls in one spelling: names and arguments, whatever their order and white space."""
+    read = [{"name": call.name, "arguments": _arguments(call.arguments)} for call in calls]
+    spelled = sorted(json.dumps(one, sort_keys=True, ensure_ascii=False) for one in read)
+    return f"[{', '.join(spelled)}]"
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 class Chat:
@@ -21,14 +75,21 @@ class Chat:
     """What a chat request may hold."""
 
     async def complete(
-        self, body: dict[str, Any], raw_request: Request
+        self, body: dict[str, Any], raw_request: Request, *, watch: bool
     ) -> dict[str, Any] | JSONResponse:
-        """A whole reply as JSON, or vLLM's refusal. A client that leaves aborts it.
+        """A whole reply as JSON, or vLLM's refusal. With `watch`, a client that leaves aborts it.
 
         Raises:
-            pydantic.ValidationError: The body is no chat request.
+            InvalidRequest: The body is no chat request.
         """
-        reply = await _complete(ChatCompletionRequest.model_validate(body), raw_request)
+        try:
+            request = ChatCompletionRequest.model_validate(body)
+        except ValidationError as error:
+            raise refusal(error, inside="") from error
+        try:
+            reply: Any = await (_watched if watch else _complete)(request, raw_request)
+        except (VLLMClientError, GracefulHTTPError) as error:
+            reply = create_error_response(error)
         if isinstance(reply, ChatCompletionResponse):
             return reply.model_dump()
         if isinstance(reply, ErrorResponse):
@@ -36,8 +97,10 @@ class Chat:
         raise TypeError("vLLM streamed a reply that was not asked to be a stream")
 
 
-@with_cancellation
 async def _complete(request: ChatCompletionRequest, raw_request: Request) -> Any:
     return await raw_request.app.state.openai_serving_chat.create_chat_completion(
         request, raw_request
     )
+
+
+_watched: Any = with_cancellation(_complete)  # pyright: ignore[reportUnknownVariableType]

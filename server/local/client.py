@@ -5,6 +5,7 @@ touched.
 """
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -13,15 +14,18 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from server.local.engine import Asked, Generate, LocalEngine, twin
+from server.admission import Admission
+from server.local.engine import Asked, Client, LocalEngine, twin
 from server.run import Run, Selection
-from server.selection import SELECTION
+from server.selection import SELECTION, from_xargs
+from server.settings import Settings
+from server.store import Store
 from strategies.core.aio import Background
 from strategies.core.answers import Answers
 from strategies.core.errors import InvalidRequest
 from strategies.core.events import Committed, Event, Grown
 from strategies.core.sandbox import Sandbox
-from strategies.core.types import Problem
+from strategies.core.types import Outcome, Problem
 
 
 class Reasoner:
@@ -29,37 +33,45 @@ class Reasoner:
 
     def __init__(
         self,
-        generate: Generate,
+        client: Client,
         *,
+        admission: Admission,
+        store: Store,
         sandbox: Sandbox,
-        answers: Answers,
         adapter: Callable[[str], LoRARequest],
+        settings: Settings,
     ) -> None:
-        self._inner = generate
+        self._client = client
+        self._admission = admission
+        self._store = store
         self._sandbox = sandbox
-        self._answers = answers
+        self._answers = Answers(sandbox)
         self._adapter = adapter
+        self._settings = settings
 
     def __call__(
         self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `EngineClient.generate`."""
         selection = SELECTION.get()
+        if selection is None and sampling_params.extra_args:
+            selection = from_xargs(sampling_params.extra_args, self._settings)
         if selection is None:
-            return self._inner(prompt, sampling_params, request_id, **options)
+            return self._client.generate(prompt, sampling_params, request_id, **options)
+        self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
-        return self._search(selection, asked)
+        return self._search(selection, asked, _problem(asked, selection.question))
 
     async def _search(
-        self, selection: Selection, asked: Asked
+        self, selection: Selection, asked: Asked, problem: Problem
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run the strategy.
 
         A stream gets the winner's pieces from the moment that nothing else can win.
         """
-        problem = _problem(asked, selection.question)
-        engine = LocalEngine(self._inner, asked, self._adapter)
-        streaming = asked.params.output_kind is RequestOutputKind.DELTA
+        streaming = asked.params.output_kind is RequestOutputKind.DELTA and problem.answers == 1
+        name = f"run-{uuid.uuid4().hex}"
+        engine = LocalEngine(self._client, asked, self._adapter, name=name, pieces=streaming)
         heard: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
         committed: int | None = None
 
@@ -75,24 +87,34 @@ class Reasoner:
                 case _:
                     pass
 
-        run = Run(selection, problem, engine, self._sandbox, self._answers, listen)
-        selection.runs.append(run)
-        async with Background(run.solve()) as solving:
-            solving.add_done_callback(lambda _: heard.put_nowait(None))
-            ended = False
-            while (piece := await heard.get()) is not None:
-                ended = piece.finished
-                yield _as(piece, asked)
-            outcome = await solving
-        if not ended:
-            last = twin(engine.outputs[outcome.chosen.index])
-            if committed is not None:  # its pieces are with the client; a deadline cut off the end
-                last.outputs[0].text, last.outputs[0].token_ids, last.outputs[0].logprobs = (
-                    "",
-                    [],
-                    None,
-                )
-            yield _as(last, asked, finish=outcome.chosen.finish_reason)
+        with self._admission.admit(engine) as admitted:
+            run = Run(selection, problem, admitted, self._sandbox, self._answers, listen, name)
+            selection.begin(run)
+            with self._store.keeping(run):
+                async with Background(run.solve()) as solving:
+                    solving.add_done_callback(lambda _: heard.put_nowait(None))
+                    last: RequestOutput | None = None
+                    while (piece := await heard.get()) is not None:
+                        if piece.finished:
+                            last = piece  # said when the run is over, so that its sums are right
+                        else:
+                            yield _as(piece, asked)
+                    outcome = await solving
+        if last is None:
+            last = _whole(engine, outcome)
+        for output, candidate in zip(last.outputs, outcome.ranked, strict=True):
+            output.finish_reason = candidate.finish_reason  # `length` where a deadline cut it off
+        yield _as(last, asked)
+
+
+def _whole(engine: LocalEngine, outcome: Outcome) -> RequestOutput:
+    """The answers that were asked for, best first, as the one output of the request."""
+    whole = twin(engine.outputs[outcome.chosen.index])
+    whole.outputs = [twin(engine.outputs[one.index]).outputs[0] for one in outcome.ranked]
+    for rank, output in enumerate(whole.outputs):
+        output.index = rank
+    whole.finished = True
+    return whole
 
 
 def _problem(asked: Asked, question: str) -> Problem:
@@ -104,16 +126,15 @@ def _problem(asked: Asked, question: str) -> Problem:
         text=question,
         max_tokens=asked.params.max_tokens or 16,
         seed=asked.params.seed,
+        answers=asked.params.n,
     )
 
 
-def _as(piece: RequestOutput, asked: Asked, *, finish: str | None = None) -> RequestOutput:
+def _as(piece: RequestOutput, asked: Asked) -> RequestOutput:
     """Dress a sample's output as the output of the request that the client made."""
     piece.request_id = asked.request_id
-    if finish is not None:
-        piece.finished = True
-        piece.outputs[0].finish_reason = finish
     if asked.params.logprobs is None:
-        piece.outputs[0].logprobs = None
-        piece.outputs[0].cumulative_logprob = None
+        for output in piece.outputs:
+            output.logprobs = None
+            output.cumulative_logprob = None
     return piece

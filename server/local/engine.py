@@ -3,8 +3,8 @@
 One sequence a call, token ids in and out, aborted when its reader leaves.
 """
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from contextlib import aclosing, suppress
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,8 +19,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from strategies.core.errors import EngineUnavailable
 from strategies.core.types import Chunk, Generation
 
-Generate = Callable[..., AsyncGenerator[RequestOutput, None]]
-"""`EngineClient.generate`."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """What a search needs of vLLM's `EngineClient`."""
+
+    generate: Callable[..., AsyncGenerator[RequestOutput, None]]
+    abort: Callable[[list[str]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +43,24 @@ class LocalEngine:
     """vLLM in this process, for one request: every sample inherits what the client asked."""
 
     def __init__(
-        self, generate: Generate, asked: Asked, adapter: Callable[[str], LoRARequest]
+        self,
+        client: Client,
+        asked: Asked,
+        adapter: Callable[[str], LoRARequest],
+        *,
+        name: str,
+        pieces: bool,
     ) -> None:
-        self._generate = generate
+        """`name` is unique to the run; with `pieces` every token is told at once.
+
+        Without, a sequence comes whole, which costs this process a fraction of the time.
+        """
+        self._client = client
         self._asked = asked
         self._adapter = adapter
+        self._name = name
+        self._kind = RequestOutputKind.DELTA if pieces else RequestOutputKind.FINAL_ONLY
+        self._ended: set[int] = set()
         self._prompt_ids = tuple(cast(list[int], asked.prompt.get("prompt_token_ids")))
         self.outputs: dict[int, RequestOutput] = {}
         """By index of the sequence, what vLLM has given of it so far, merged."""
@@ -51,6 +69,9 @@ class LocalEngine:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`. vLLM's own client errors pass through: they carry their status."""
+        if generation.index in self._ended:
+            yield Chunk(finish_reason="abort")
+            return
         params = self._params(generation)
         prompt = self._asked.prompt
         if generation.token_ids != self._prompt_ids:
@@ -59,9 +80,9 @@ class LocalEngine:
         options["priority"] = options.get("priority", 0) + generation.priority
         if generation.adapter is not None:
             options["lora_request"] = self._adapter(generation.adapter)
-        name = f"{self._asked.request_id}-{generation.index}"
+        sequence = self._client.generate(prompt, params, self._id(generation.index), **options)
         try:
-            async with aclosing(self._generate(prompt, params, name, **options)) as pieces:
+            async with aclosing(sequence) as pieces:
                 async for piece in pieces:
                     yield self._chunk(generation, piece)
         except EngineDeadError as error:
@@ -69,11 +90,20 @@ class LocalEngine:
                 "the engine died; a new one is being started, try again"
             ) from error
 
+    async def abort(self, indices: Collection[int]) -> None:
+        """See `Engine.abort`."""
+        self._ended |= set(indices)
+        with suppress(EngineDeadError):  # then the readers know already
+            await self._client.abort([self._id(index) for index in indices])
+
+    def _id(self, index: int) -> str:
+        return f"{self._name}-{index}"
+
     def _params(self, generation: Generation) -> SamplingParams:
         asked = self._asked.params
         params = asked.clone()
         params.n = 1
-        params.output_kind = RequestOutputKind.DELTA
+        params.output_kind = self._kind
         params.max_tokens = generation.max_tokens
         params.seed = generation.seed
         if generation.logprobs is not None and params.logprobs != -1:
@@ -109,7 +139,8 @@ class LocalEngine:
             pieces=pieces,
             top_logprobs=top,
             finish_reason=_finish(output.finish_reason),
-            prompt_tokens=len(piece.prompt_token_ids or ()),
+            # A sequence that was aborted before its first token never had its prompt computed.
+            prompt_tokens=len(piece.prompt_token_ids or ()) if output.token_ids else 0,
             cached_tokens=piece.num_cached_tokens or 0,
         )
 
@@ -135,6 +166,6 @@ def twin(piece: RequestOutput) -> RequestOutput:
 
 def _finish(reason: str | None) -> Any:
     """Take over vLLM's reason, but for its errors, which never pass as an answer."""
-    if reason not in (None, "stop", "length", "abort"):
+    if reason not in (None, "stop", "length", "repetition", "abort"):
         raise EngineUnavailable(f"the engine ended a sample with '{reason}'")
     return reason

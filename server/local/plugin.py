@@ -14,13 +14,17 @@ from vllm.entrypoints.launchers.launcher import terminate_if_errored
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from server import metrics
+from server.admission import Admission
 from server.errors import handle, reply_to
-from server.local.chat import Chat
+from server.local.chat import Chat, teach
 from server.local.client import Reasoner
+from server.local.engine import Client
 from server.middleware import Choosing
+from server.routes import models, traces
 from server.routes import strategies as routes
 from server.settings import Settings
-from strategies.core.answers import Answers
+from server.store import Store
 from strategies.core.errors import EngineUnavailable, InvalidRequest, MullError
 from strategies.core.sandbox import Sandbox
 
@@ -38,11 +42,12 @@ class Plugin:
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes, errors and the choosing middleware on vLLM's app."""
         app.include_router(routes.router)
+        app.include_router(traces.router)
+        if self._settings.presets:
+            app.include_router(models.router)
         app.add_exception_handler(MullError, handle)
         app.add_exception_handler(EngineDeadError, _engine_died)
-        app.add_middleware(
-            Choosing, models=self.models, max_body_bytes=self._settings.max_body_bytes
-        )
+        app.add_middleware(Choosing, models=self.models, settings=self._settings)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -53,9 +58,31 @@ class Plugin:
         sandbox = Sandbox()
         state.sandbox = sandbox
         state.chat = Chat()
+        state.settings = self._settings
+        state.served = self.models
+        state.store = Store(self._settings.kept_traces)
+        for serving, make in (
+            (state.openai_serving_chat, "_make_parser"),
+            (state.anthropic_serving_messages, "_make_parser"),
+            (state.openai_serving_responses, "_make_response_parser"),
+        ):
+            if serving is not None:
+                teach(serving, make)
         engine: Any = engine_client
+        admission = Admission(
+            requests=self._settings.max_running_requests,
+            candidates=self._settings.max_running_candidates
+            or engine.vllm_config.scheduler_config.max_num_seqs,
+        )
+        metrics.RUNNING.set_function(lambda: admission.requests)
+        metrics.CANDIDATES.set_function(lambda: admission.candidates)
         engine.generate = Reasoner(
-            engine_client.generate, sandbox=sandbox, answers=Answers(sandbox), adapter=self._adapter
+            Client(generate=engine.generate, abort=engine.abort),
+            admission=admission,
+            store=state.store,
+            sandbox=sandbox,
+            adapter=self._adapter,
+            settings=self._settings,
         )
 
     def models(self) -> set[str]:

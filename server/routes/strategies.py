@@ -1,16 +1,23 @@
 """`/v1/strategies` and `/v1/verifiers`: the catalogue, and a strategy as an endpoint of its own."""
 
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
-from server.errors import nearest, refusal
+from server.errors import nearest
 from server.reply import exact, native
-from server.selection import SELECTION, parse, select
+from server.run import Selection
+from server.selection import SELECTION, choose, parse
+from server.sse import EventStream, Refused, event
+from server.trace import told
 from server.verifiers.catalogue import VERIFIERS
-from server.wire import as_object
+from server.wire import JSON, as_object
+from strategies.core.aio import Background
+from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
 from strategies.registry import STRATEGIES
 
@@ -54,7 +61,29 @@ async def verifiers() -> dict[str, Any]:
     }
 
 
-@router.post("/v1/strategies/{kind}")
+_BODY = {
+    "type": "object",
+    "required": ["model", "messages"],
+    "properties": {
+        "model": {"type": "string"},
+        "messages": {"type": "array", "items": {"type": "object"}, "minItems": 1},
+        "max_tokens": {"type": "integer", "minimum": 1},
+        "temperature": {"type": "number", "minimum": 0},
+        "seed": {"type": "integer"},
+        "stream": {"type": "boolean"},
+        "trace": {"type": "boolean"},
+        "budget": Limits.model_json_schema(),
+    },
+    "description": "A chat request, a budget, and the strategy's own fields (GET /v1/strategies).",
+}
+
+
+@router.post(
+    "/v1/strategies/{kind}",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}
+    },
+)
 async def solve(kind: str, request: Request) -> Response:
     """Run a strategy.
 
@@ -75,31 +104,62 @@ async def solve(kind: str, request: Request) -> Response:
     strategy = parse(
         {"kind": kind} | {name: fields[name] for name in fields if name in own}, inside=""
     )
-    rest = {name: value for name, value in fields.items() if name not in own and name != "budget"}
-    if rest.get("stream"):
-        raise InvalidRequest(
-            "this route answers when the search is over; stream by /v1/chat/completions",
-            field="stream",
-        )
+    rest = {name: value for name, value in fields.items() if name not in own}
+    streamed = rest.pop("stream", None)
+    if streamed not in (None, True, False):
+        raise InvalidRequest("'stream' is true or false", field="stream")
     chat = request.app.state.chat
-    if (unknown := next((name for name in rest if name not in chat.fields), None)) is not None:
+    known = [*own, "budget", "trace", *chat.fields]
+    if (unknown := next((name for name in rest if name not in known), None)) is not None:
         raise InvalidRequest(
             f"'{unknown}' is neither a field of {kind} nor of a chat request; "
-            f"{nearest(unknown, [*own, *chat.fields])}",
+            f"{nearest(unknown, known)}",
             field=unknown,
         )
-    asked, selection = select(strategy, fields.get("budget"), rest)
+    state = request.app.state
+    asked, selection = choose(
+        rest | {"strategy": strategy.model_dump(mode="json", exclude_unset=True)},
+        state.served(),
+        request.headers,
+        request.url.path,
+        state.settings,
+    )
+    assert selection is not None
     token = SELECTION.set(selection)
     try:
-        reply = await chat.complete(asked, request)
-    except ValidationError as error:
-        raise refusal(error, inside="") from error
+        if streamed:
+            events = _events(chat, asked, request, selection)
+            heartbeat_seconds = request.app.state.settings.heartbeat_seconds
+            return EventStream(events, heartbeat_seconds=heartbeat_seconds)
+        reply = await chat.complete(asked, request, watch=True)
     finally:
         SELECTION.reset(token)
     if isinstance(reply, Response):
         return reply
+    return JSONResponse(_told(reply, selection))
+
+
+async def _events(
+    chat: Any, asked: JSON, request: Request, selection: Selection
+) -> AsyncGenerator[bytes, None]:
+    """What happens, and then the reply as `result`."""
+    token = SELECTION.set(selection)  # a generator runs in the context of whoever iterates it
+    completing = Background(chat.complete(asked, request, watch=False))
+    async with completing as reply, Background(selection.begun.wait()) as begun:
+        SELECTION.reset(token)
+        await asyncio.wait({reply, begun}, return_when=asyncio.FIRST_COMPLETED)
+        for run in selection.runs:
+            async with aclosing(run.trace.follow()) as happening:
+                async for timed in happening:
+                    said = told(timed)
+                    yield event(said["event"], said)
+        whole = await reply
+    if isinstance(whole, Response):
+        raise Refused(whole)
+    yield event("result", _told(whole, selection))
+
+
+def _told(reply: JSON, selection: Selection) -> JSON:
     run = selection.runs[-1]
-    spent = run.usage()
-    return JSONResponse(
-        native(run, selection, model=reply["model"], usage=exact(reply["usage"], spent))
-    )
+    usage = exact(reply["usage"], run.usage())
+    return native(run, selection, model=reply["model"], usage=usage)

@@ -32,6 +32,11 @@ class Group:
 
         task.add_done_callback(finished)
 
+    async def over(self, seconds: float) -> None:
+        """Wait until all work has ended by itself, `seconds` at most."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -61,6 +66,10 @@ class Arrivals(Generic[T]):
         """Add work, also while iterating."""
         self.pending += 1
         self._group.start(work, self._queue.put_nowait)
+
+    async def over(self, seconds: float) -> None:
+        """Wait until all work has ended by itself, `seconds` at most."""
+        await self._group.over(seconds)
 
     async def __aenter__(self) -> Self:
         return self

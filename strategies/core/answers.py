@@ -5,8 +5,10 @@ An answer keeps the words of the model, tidied: `(10 + 7) - 2` stays an expressi
 or a client's pattern goes to the sandbox.
 """
 
+import asyncio
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -75,31 +77,44 @@ class Answers:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
 
-    async def extract(self, text: str, form: AnswerFormat) -> str | None:
-        """The answer in canonical form; None if there is none, or none was found in time."""
-        text = text[-SEARCHED:]
+    async def extract(
+        self, text: str, form: AnswerFormat, *, seconds: float | None = None
+    ) -> str | None:
+        """The answer in canonical form; None if there is none, or none was found in time.
+
+        What stands between reasoning tags is no answer, nor is reasoning that never ended. A
+        client's pattern may take `seconds` at most.
+        """
+        text = _concluded(text)[-SEARCHED:]
         if form.kind != "regex":
             return _read(text, form.kind)
-        try:
-            found = await self._sandbox.call(
-                "strategies.core.answers:find", form.pattern, text, seconds=SECONDS
-            )
-        except (TimedOut, Crashed):
-            return None
+        found = await self._apart(seconds, "strategies.core.answers:find", form.pattern, text)
         return (found.strip() or None) if isinstance(found, str) else None
 
     async def same(self, left: str, right: str, form: AnswerFormat) -> bool:
         """Whether two canonical answers are equivalent; those too hard to compare are not."""
-        return bool(await self._compare(left, right, form))
+        return bool(await self._compare(left, right, form, None))
 
-    async def place(self, answer: str, known: Sequence[str], form: AnswerFormat) -> int | None:
-        """The index of the first known answer that is equivalent; equal strings come first."""
+    async def place(
+        self,
+        answer: str,
+        known: Sequence[str],
+        form: AnswerFormat,
+        *,
+        seconds: float | None = None,
+    ) -> int | None:
+        """The index of the first known answer that is equivalent; equal strings come first.
+
+        After `seconds`, what only algebra could tell counts as different.
+        """
         if answer in known:
             return known.index(answer)
         strikes = 0
+        end = None if seconds is None else time.monotonic() + seconds
         for index, other in enumerate(known):
             if strikes < STRIKES:
-                same = await self._compare(answer, other, form)
+                left = None if end is None else end - time.monotonic()
+                same = await self._compare(answer, other, form, left)
             else:
                 same = _quick(answer, other, form)
             if same:
@@ -107,18 +122,23 @@ class Answers:
             strikes += same is None
         return None
 
-    async def _compare(self, left: str, right: str, form: AnswerFormat) -> bool | None:
+    async def _compare(
+        self, left: str, right: str, form: AnswerFormat, seconds: float | None
+    ) -> bool | None:
         """As `same`, but None if the sandbox came to no end."""
         same = _quick(left, right, form)
         if same is not None:
             return same
+        equal = await self._apart(seconds, "strategies.core.mathematics:equivalent", left, right)
+        return None if equal is None else equal is True
+
+    async def _apart(self, seconds: float | None, function: str, *arguments: str | None) -> object:
+        """A call in the sandbox; None if it came to no end, there or in `seconds`."""
         try:
-            equal = await self._sandbox.call(
-                "strategies.core.mathematics:equivalent", left, right, seconds=SECONDS
-            )
-        except (TimedOut, Crashed):
+            async with asyncio.timeout(seconds):
+                return await self._sandbox.call(function, *arguments, seconds=SECONDS)
+        except (TimeoutError, TimedOut, Crashed):
             return None
-        return equal is True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +224,7 @@ _SPELLINGS = {
 _SPELLING = re.compile(
     "|".join(re.escape(spelling) + r"(?![a-z])" * spelling[-1].isalpha() for spelling in _SPELLINGS)
 )
+_REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>")
 _BOX = re.compile(r"\\boxed\s{0,9}\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _STATED = re.compile(r"\banswer\*{0,2}\s{0,3}(?:is\b|[:=])\*{0,2}\s?:?|####", re.IGNORECASE)
@@ -282,6 +303,14 @@ class _Reader:
             value = self._factor() if token == "+" else -self._factor()
         self._depth -= 1
         return value
+
+
+def _concluded(text: str) -> str:
+    """What follows the reasoning; nothing if that is still open."""
+    tags = list(_REASONING.finditer(text))
+    if not tags:
+        return text
+    return text[tags[-1].end() :] if tags[-1][1] else text[: tags[-1].start()]
 
 
 def _read(text: str, kind: str) -> str | None:

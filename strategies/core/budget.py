@@ -23,6 +23,18 @@ class Limits(BaseModel):
     seconds: float | None = Field(default=None, gt=0, le=86_400, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1, le=100_000)
 
+    def over(self, default: "Limits") -> "Limits":
+        """These limits, and `default`'s where this one sets none."""
+        return default.model_copy(update=self.model_dump(exclude_none=True))
+
+    def capped(self, most: "Limits") -> "Limits":
+        """The stricter of both, field by field."""
+        theirs = most.model_dump(exclude_none=True)
+        ours = self.model_dump(exclude_none=True)
+        return Limits(
+            **{name: min(theirs.get(name, mine), mine) for name, mine in (theirs | ours).items()}
+        )
+
 
 class Lease:
     """A reservation of `tokens` for one engine call; settle it exactly once."""

@@ -4,12 +4,13 @@ It keeps the budget, the deadline and the trace honest.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
+from math import inf
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from strategies.core.aio import Arrivals
+from strategies.core.aio import Arrivals, Group
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
 from strategies.core.engine import Engine
@@ -20,7 +21,6 @@ from strategies.core.events import (
     Committed,
     Event,
     Grown,
-    Noted,
     Sampled,
     Scored,
     Started,
@@ -34,6 +34,7 @@ from strategies.core.types import (
     Generation,
     Outcome,
     Problem,
+    Reading,
     StopReason,
     Verdict,
 )
@@ -65,6 +66,16 @@ class Verifier(Protocol):
         ...
 
 
+Read = Callable[[str, Sequence[int]], Reading]
+"""Reads a sample's text and tokens as the server of its model will; without, tags in it do."""
+
+LATE_SECONDS = 0.2
+"""How long after its deadline a run may still read and compare answers in the sandbox."""
+
+GRACE_SECONDS = 1.0
+"""How long an aborted sequence may take to say what it had generated, before it is cut off."""
+
+
 class Context:
     """One run's hands: the engine, the budget, the answers and the ear that hears every event."""
 
@@ -78,6 +89,7 @@ class Context:
         emit: Callable[[Event], None],
         verifier: Verifier | None = None,
         answer_format: AnswerFormat | None = None,
+        read: Read | None = None,
     ) -> None:
         self.engine = engine
         self.budget = budget
@@ -86,6 +98,7 @@ class Context:
         self.emit = emit
         self.verifier = verifier
         self.answer_format = answer_format or AnswerFormat()
+        self._read = read
         self._next = 0
         self._short: StopReason | None = None
 
@@ -132,17 +145,71 @@ class Context:
         """Let the pieces of this sequence go to the client from now on: nothing else can win."""
         self.emit(Committed(index=index))
 
-    def note(self, text: str) -> None:
-        """Put a remark on record."""
-        self.emit(Noted(level="info", text=text))
+    async def answer(self, text: str, token_ids: Sequence[int]) -> str | None:
+        """The answer in a sample, in canonical form; None if there is none."""
+        reading = Reading(call=None, content=text)
+        if self._read is not None:
+            reading = self._read(text, token_ids)
+        return reading.call or await self.answers.extract(
+            reading.content, self.answer_format, seconds=self._patience
+        )
 
-    def choose(
-        self, best: Candidate, *, among: Sequence[Candidate], decided: bool = False, **details: Any
+    async def place(self, answer: str, known: Sequence[str]) -> int | None:
+        """The index of the first known answer that is equivalent."""
+        return await self.answers.place(answer, known, self.answer_format, seconds=self._patience)
+
+    @property
+    def _patience(self) -> float | None:
+        """How long reading and comparing answers may take: hardly longer than the run."""
+        left = self.budget.seconds_left
+        return None if left is None else left + LATE_SECONDS
+
+    async def distinct(self, candidates: Iterable[Candidate], most: int) -> list[Candidate]:
+        """The first candidate of each different answer, in order, `most` of them at most.
+
+        Candidates without an answer differ by their text.
+        """
+        kept: list[Candidate] = []
+        answers: list[str] = []
+        texts: set[str] = set()
+        for candidate in candidates:
+            if len(kept) == most:
+                break
+            if candidate.answer is None:
+                fresh = candidate.text not in texts
+                texts.add(candidate.text)
+            else:
+                place = await self.place(candidate.answer, answers)
+                fresh = place is None
+                if fresh:
+                    answers.append(candidate.answer)
+            if fresh:
+                kept.append(candidate)
+        return kept
+
+    async def choose(
+        self,
+        problem: Problem,
+        best_first: Sequence[Candidate],
+        *,
+        decided: bool = False,
+        **details: Any,
     ) -> Outcome:
-        """End the run with `best`; `details` are further fields of `Outcome`."""
+        """End the run: the first candidate wins; `details` are further fields of `Outcome`."""
         stopped: StopReason = "decided" if decided else self._short or "samples"
-        self.emit(Chosen(index=best.index, stopped=stopped))
-        return Outcome(chosen=best, candidates=tuple(among), stopped=stopped, **details)
+        best = best_first[0]
+        ranked = (
+            [best] if problem.answers == 1 else await self.distinct(best_first, problem.answers)
+        )
+        returned = tuple(candidate.index for candidate in ranked)
+        self.emit(Chosen(index=best.index, stopped=stopped, returned=returned))
+        return Outcome(
+            chosen=best,
+            candidates=tuple(sorted(best_first, key=lambda one: one.index)),
+            stopped=stopped,
+            ranked=tuple(ranked),
+            **details,
+        )
 
     def number(self) -> int:
         """The index of the next sequence of this run."""
@@ -161,14 +228,22 @@ class Sampling:
         self._ctx = ctx
         self._problem = problem
         self._n = n
-        self._arrivals: Arrivals[Candidate | None] = Arrivals()
+        self._arrivals: Arrivals[tuple[int, Candidate | None]] = Arrivals()
+        self._watch = Group()
         self._leased: dict[int, Lease] = {}
-        """Leases of samples whose task has not begun, and never will if it is cancelled first."""
+        """Leases of samples whose task has not begun."""
+        self._running: set[int] = set()
+        self._unseen: set[int] = set()
         self._usable = 0
+        self._late = False
+        """Whether the deadline has passed: what exists of a sample then is the sample."""
 
     async def __aenter__(self) -> Self:
         await self._arrivals.__aenter__()
+        await self._watch.__aenter__()
         self.start(self._n)
+        if (seconds := self._ctx.budget.seconds_left) is not None:
+            self._watch.start(self._end_at_deadline(seconds), lambda task: None)
         return self
 
     async def __aexit__(
@@ -178,9 +253,13 @@ class Sampling:
         trace: TracebackType | None,
     ) -> None:
         try:
-            await self._arrivals.__aexit__(kind, error, trace)
+            await self._watch.__aexit__(kind, error, trace)
+            if self._running:
+                await self._ctx.engine.abort(self._running)
+                await self._arrivals.over(GRACE_SECONDS)
         finally:
-            for index, lease in self._leased.items():
+            await self._arrivals.__aexit__(kind, error, trace)
+            for index, lease in self._leased.items():  # cancelled before it had begun
                 lease.settle(0)
                 self._ctx.emit(Aborted(index=index, tokens=0, prompt_tokens=0, cached_tokens=0))
 
@@ -194,8 +273,10 @@ class Sampling:
             NoCandidate: All are in, and not one is usable.
         """
         try:
-            while (candidate := await anext(self._arrivals)) is None:
-                pass
+            candidate = None
+            while candidate is None:
+                index, candidate = await anext(self._arrivals)
+                self._unseen.discard(index)
         except StopAsyncIteration:
             if self._usable == 0:
                 raise NoCandidate(
@@ -209,6 +290,11 @@ class Sampling:
     def pending(self) -> int:
         """Samples started and not yet iterated over."""
         return self._arrivals.pending
+
+    @property
+    def earliest(self) -> float:
+        """The lowest index that may still come: started and not yet iterated over, or new."""
+        return min(self._unseen, default=inf)
 
     def start(self, n: int) -> None:
         """Start up to `n` more samples, as many as the budget allows."""
@@ -232,9 +318,18 @@ class Sampling:
             index = self._ctx.number()
             self._ctx.emit(Started(index=index, tokens=lease.tokens))
             self._leased[index] = lease
+            self._running.add(index)
+            self._unseen.add(index)
             self._arrivals.start(self._sample(index))
 
-    async def _sample(self, index: int) -> Candidate | None:
+    async def _end_at_deadline(self, seconds: float) -> None:
+        await asyncio.sleep(max(0.0, seconds))
+        self._late = True
+        if self._running:
+            self._ctx.fell_short("deadline")
+            await self._ctx.engine.abort(self._running)
+
+    async def _sample(self, index: int) -> tuple[int, Candidate | None]:
         """One sequence from start to answer; what was spent is settled however it ends."""
         lease = self._leased.pop(index)
         ctx, problem = self._ctx, self._problem
@@ -244,19 +339,25 @@ class Sampling:
             max_tokens=lease.tokens,
             seed=None if problem.seed is None else problem.seed + index,
             logprobs=None if ctx.verifier is None else ctx.verifier.logprobs,
+            priority=1 + index,
         )
         sequence = _Sequence()
         candidate: Candidate | None = None
         try:
-            await self._collect(generation, sequence)
-            if sequence.finish_reason is not None:
+            async with aclosing(ctx.engine.generate(generation)) as chunks:
+                async for chunk in chunks:
+                    sequence.add(chunk)
+                    ctx.emit(Grown(index=index, chunk=chunk))
+            reason = sequence.finish_reason
+            if reason == "abort" and self._late and sequence.token_ids:
+                reason = "length"
+            if reason is not None and reason != "abort":
                 candidate = sequence.finished(
-                    index,
-                    sequence.finish_reason,
-                    await ctx.answers.extract(sequence.text, ctx.answer_format),
+                    index, reason, await ctx.answer(sequence.text, sequence.token_ids)
                 )
-            return candidate
+            return index, candidate
         finally:
+            self._running.discard(index)
             lease.settle(len(sequence.token_ids))
             if candidate is not None:
                 if candidate.finish_reason == "length" and lease.tokens < problem.max_tokens:
@@ -271,28 +372,6 @@ class Sampling:
                         cached_tokens=sequence.cached_tokens,
                     )
                 )
-
-    async def _collect(self, generation: Generation, sequence: "_Sequence") -> None:
-        """Read the sequence to its end.
-
-        One that the deadline cuts ends by length if it has any token.
-        """
-        ctx = self._ctx
-        deadline = asyncio.timeout(ctx.budget.seconds_left)
-        try:
-            async with (
-                deadline,
-                aclosing(ctx.engine.generate(generation)) as chunks,
-            ):
-                async for chunk in chunks:
-                    sequence.add(chunk)
-                    ctx.emit(Grown(index=generation.index, chunk=chunk))
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            ctx.fell_short("deadline")
-            if sequence.token_ids:
-                sequence.finish_reason = sequence.finish_reason or "length"
 
 
 class _Sequence:

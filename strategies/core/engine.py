@@ -1,6 +1,6 @@
 """What a search needs of a language model, whoever runs it."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from typing import Protocol
 
 from strategies.core.types import Chunk, Generation
@@ -18,5 +18,13 @@ class Engine(Protocol):
         Raises:
             InvalidRequest: The engine refuses the request.
             EngineUnavailable: The engine is dead or full.
+        """
+        ...
+
+    async def abort(self, indices: Collection[int]) -> None:
+        """End these generations now: each reader gets what was generated, then reason `abort`.
+
+        Nothing that was generated is lost to the account, as it would be by closing the reader.
+        An index that is not being generated is passed over; one that comes later ends at once.
         """
         ...

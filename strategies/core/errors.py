@@ -29,3 +29,15 @@ class VerifierFailed(MullError):
 
 class EngineUnavailable(MullError):
     """The engine died or refuses work; the request may be tried again."""
+
+
+class Busy(MullError):
+    """Too much runs already; the request may come again after `seconds`."""
+
+    def __init__(self, message: str, *, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class NotFound(MullError):
+    """There is no such thing, or it belongs to somebody else."""

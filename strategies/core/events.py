@@ -76,14 +76,16 @@ class Chosen:
 
     index: int
     stopped: StopReason
+    returned: tuple[int, ...]
+    """It, and the runners-up that the client asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noted:
-    """A remark for whoever reads the trace."""
+class Failed:
+    """The run is over without an answer: the client went away, or an error says why."""
 
-    level: Literal["info", "warning"]
-    text: str
+    stopped: Literal["cancelled", "error"]
+    error: str = ""
 
 
-Event = Started | Grown | Sampled | Aborted | Scored | Voted | Committed | Chosen | Noted
+Event = Started | Grown | Sampled | Aborted | Scored | Voted | Committed | Chosen | Failed

@@ -59,6 +59,10 @@ class Strategy(BaseModel, ABC, frozen=True):
             VerifierFailed: A verifier that decides had no opinion.
         """
 
+    def most(self) -> int:
+        """The most samples that it draws, so the most distinct answers that it can give."""
+        return 1
+
     def judged_by(self) -> VerifierChoice | None:
         """The verifier that the server must provide, if any."""
         return None

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from math import exp, log
 from types import TracebackType
 from typing import Self
@@ -60,7 +60,8 @@ class FakeEngine:
         self.running = 0
         """Sequences begun and not ended."""
         self.aborted: list[int] = []
-        """Indices of the sequences that were closed or cancelled before their end."""
+        """Indices of the sequences that were aborted, closed or cancelled before their end."""
+        self._ending: dict[int, asyncio.Event] = {}
 
     @property
     def calls(self) -> int:
@@ -75,7 +76,11 @@ class FakeEngine:
         ended = False
         try:
             for number, chunk in enumerate(self._script(generation)):
-                await asyncio.sleep(self._delay(generation.index))
+                if await self._told_to_end(generation.index, self._delay(generation.index)):
+                    self.aborted.append(generation.index)
+                    ended = True
+                    yield Chunk(finish_reason="abort")
+                    return
                 if (call, number) in self._failures:
                     raise self._failures[call, number]
                 self.tokens += len(chunk.token_ids)
@@ -87,6 +92,21 @@ class FakeEngine:
             raise
         finally:
             self.running -= 1
+
+    async def abort(self, indices: Collection[int]) -> None:
+        """End these sequences at their next token."""
+        for index in indices:
+            self._ending.setdefault(index, asyncio.Event()).set()
+
+    async def _told_to_end(self, index: int, seconds: float) -> bool:
+        """Wait that long, or until the sequence is aborted; say whether it is."""
+        ending = self._ending.setdefault(index, asyncio.Event())
+        try:
+            async with asyncio.timeout(seconds):
+                await ending.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _script(self, generation: Generation) -> list[Chunk]:
         """All chunks of a sequence; an empty text is one chunk without a token."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort"]
 
 StopReason = Literal["decided", "exhausted", "deadline", "samples", "cancelled"]
 """Why a run ended.
@@ -28,6 +28,8 @@ class Problem:
     """Generated tokens allowed to one sample."""
     seed: int | None = None
     """Makes the run repeatable: sample `i` is drawn with `seed + i`."""
+    answers: int = 1
+    """How many distinct answers the client wants, best first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Generation:
     """One sequence asked of an engine."""
 
     index: int
-    """Its number within the run, from 0; also the default of its priority."""
+    """Its number within the run, from 0."""
     token_ids: tuple[int, ...]
     """The prompt and whatever of the answer it continues."""
     max_tokens: int
@@ -91,6 +93,16 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A sample as its model's server reads it."""
+
+    call: str | None
+    """The tool calls in one spelling, if there are any: they are the answer."""
+    content: str
+    """The text without reasoning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """A verifier's opinion of one candidate."""
 
@@ -113,6 +125,8 @@ class Outcome:
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     stopped: StopReason
+    ranked: tuple[Candidate, ...]
+    """The best candidate of each distinct answer, best first, as many as were asked for."""
     scores: Mapping[int, float] = field(default_factory=dict[int, float])
     """By candidate index, where a verifier judged."""
     votes: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -21,14 +21,15 @@ class Tally:
     recent: list[str | None] = field(default_factory=list[str | None])
     """Every ballot's answer in the order counted, None for a sample without one."""
 
-    def count(self, place: int | None, answer: str | None, weight: float, index: int) -> str | None:
+    def blank(self) -> None:
+        """Count a ballot without an answer."""
+        self.recent.append(None)
+
+    def count(self, place: int | None, answer: str, weight: float, index: int) -> str:
         """Count one ballot for the known answer at `place`, or for a new one.
 
         Return the answer counted for.
         """
-        if answer is None:
-            self.recent.append(None)
-            return None
         if place is None:
             place = len(self.answers)
             self.answers.append(answer)
@@ -44,6 +45,16 @@ class Tally:
         return sorted(
             range(len(self.answers)), key=lambda place: (-self.weights[place], self.first[place])
         )
+
+    def rank(self, answer: str | None) -> int:
+        """The place of an answer in the ranking, from 0; one that has no vote comes last."""
+        ranked = [self.answers[place] for place in self.ranked()]
+        return ranked.index(answer) if answer in ranked else len(ranked)
+
+    @property
+    def votes(self) -> dict[str, float]:
+        """The weight of every answer."""
+        return dict(zip(self.answers, self.weights, strict=True))
 
     @property
     def lead(self) -> tuple[float, float]:

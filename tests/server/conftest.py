@@ -70,7 +70,7 @@ def serving(log: Path, *flags: str, **environment: str) -> Iterator[Served]:
         process.wait(10)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve():
     """The context manager itself, for tests that need a server of their own."""
     return serving

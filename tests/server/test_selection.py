@@ -1,14 +1,32 @@
 """The pure part of choosing: what vLLM is to see, and what is refused."""
 
+import json
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 
-from server.selection import choose
+from server.selection import choose as choose_from
+from server.selection import from_xargs, owner
+from server.settings import Settings
 from strategies.core.errors import InvalidRequest
 
 MODELS = {"tiny", "org/model:latest"}
+CHAT = "/v1/chat/completions"
+SETTINGS = Settings.model_validate(
+    {
+        "limits": {"tokens": 1000},
+        "presets": {
+            "deep": {"strategy": {"kind": "best_of_n", "n": 3}, "budget": {"tokens": 500}},
+            "short": {"strategy": {"kind": "best_of_n", "n": 3}, "budget": {"tokens": 50}},
+        },
+    }
+)
 ASKED: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "2 + 2?"}]}
+
+
+def choose(body: dict[str, Any], models: set[str], headers: dict[str, str] | None = None):
+    return choose_from(body, models, Headers(headers), CHAT, SETTINGS)
 
 
 def test_without_a_strategy_the_body_is_the_same_object():
@@ -64,3 +82,142 @@ def test_token_prompts_are_one_prompt():
     assert choose({"model": "tiny", "prompt": [1, 2, 3], "strategy": "best_of_n"}, MODELS)[1]
     with pytest.raises(InvalidRequest, match="one prompt"):
         choose({"model": "tiny", "prompt": [[1], [2]], "strategy": "best_of_n"}, MODELS)
+
+
+THREE = {"kind": "best_of_n", "n": 3}
+WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "object": ({"strategy": THREE}, {}),
+    "preset in the body": ({"strategy": "deep"}, {}),
+    "preset as suffix": ({"model": "tiny:deep"}, {}),
+    "preset in the header": ({}, {"x-mull-strategy": "deep"}),
+    "header": ({}, {"x-mull-strategy": json.dumps(THREE)}),
+    "xargs": ({"vllm_xargs": {"strategy": json.dumps(THREE)}}, {}),
+    "preset in xargs": ({"vllm_xargs": {"strategy": "deep"}}, {}),
+}
+KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "body": ({"strategy": "best_of_n"}, {}),
+    "object": ({"strategy": {"kind": "best_of_n"}}, {}),
+    "suffix": ({"model": "tiny:best_of_n"}, {}),
+    "header": ({}, {"x-mull-strategy": "best_of_n"}),
+    "xargs": ({"vllm_xargs": {"strategy": "best_of_n"}}, {}),
+}
+
+
+@pytest.mark.parametrize("other", [*WAYS, *(f"kind: {name}" for name in KINDS)])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_two_ways_to_say_the_same_agree(way: str, other: str):
+    (body, headers), (more, longer) = (
+        WAYS[way],
+        (WAYS | {f"kind: {k}": v for k, v in KINDS.items()})[other],
+    )
+    if body.keys() & more.keys() or headers.keys() & longer.keys():
+        pytest.skip("one place can say one thing")
+    seen, selection = choose(ASKED | body | more, MODELS, headers | longer)
+    assert seen == ASKED
+    assert selection is not None
+    assert selection.strategy.model_dump()["n"] == 3
+    assert selection.limits.tokens == (500 if "preset" in way + other else 1000)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "field"),
+    [
+        ({"strategy": "best_of_n"}, {"x-mull-strategy": "self_consistency"}, "X-Mull-Strategy"),
+        ({"strategy": {"kind": "best_of_n", "n": 4}, "model": "tiny:deep"}, {}, "model"),
+        (
+            {"strategy": "deep", "vllm_xargs": {"strategy": "self_consistency"}},
+            {},
+            "vllm_xargs.strategy",
+        ),
+        ({"strategy": "deep", "model": "tiny:short"}, {}, "model"),
+        (
+            {
+                "strategy": "deep",
+                "budget": {"tokens": 3},
+                "vllm_xargs": {"budget": '{"tokens": 4}'},
+            },
+            {},
+            "vllm_xargs.budget",
+        ),
+        (
+            {"vllm_xargs": {"strategy": "deep", "budget": '{"tokens": 0}'}},
+            {},
+            "vllm_xargs.budget.tokens",
+        ),
+        ({"vllm_xargs": {"strategy": '{"kind'}}, {}, "vllm_xargs.strategy"),
+        ({"vllm_xargs": {"strategy": 7}}, {}, "vllm_xargs.strategy"),
+        ({}, {"x-mull-strategy": '{"kind'}, "X-Mull-Strategy"),
+        ({}, {"x-mull-strategy": ""}, "X-Mull-Strategy"),
+        ({}, {"x-mull-strategy": "d" * 20_000}, "X-Mull-Strategy"),
+        ({"model": "tiny:dep"}, {}, "model"),
+        ({"trace": True}, {}, "trace"),
+        ({"strategy": "deep", "trace": 1}, {}, "trace"),
+        ({"strategy": "chain_of_thought", "n": 3}, {}, "n"),
+    ],
+)
+def test_contradictions_and_nonsense_are_refused_by_name(
+    body: dict[str, Any], headers: dict[str, str], field: str
+):
+    with pytest.raises(InvalidRequest) as refused:
+        choose(ASKED | body, MODELS, headers)
+    assert refused.value.field == field
+
+
+def test_a_header_sent_twice_must_agree_with_itself():
+    twice = [(b"x-mull-strategy", b"best_of_n"), (b"x-mull-strategy", b"self_consistency")]
+    with pytest.raises(InvalidRequest, match="self_consistency"):
+        choose_from(ASKED, MODELS, Headers(raw=twice), CHAT, SETTINGS)
+
+
+def test_a_header_is_read_as_utf8():
+    wire = {"kind": "chain_of_thought", "trigger": "Schritt für Schritt"}
+    raw = [(b"x-mull-strategy", json.dumps(wire, ensure_ascii=False).encode())]
+    _, selection = choose_from(ASKED | {"strategy": wire}, MODELS, Headers(raw=raw), CHAT, SETTINGS)
+    assert selection is not None
+    assert selection.strategy.trigger_shown() == "Schritt für Schritt"
+
+
+@pytest.mark.parametrize(
+    "field", ["use_beam_search", "echo", "background", "best_of", "prompt_logprobs"]
+)
+def test_what_a_strategy_cannot_obey_is_refused(field: str):
+    value = {"best_of": 2, "prompt_logprobs": 1}.get(field, True)
+    with pytest.raises(InvalidRequest) as refused:
+        choose(ASKED | {"strategy": "deep", field: value}, MODELS)
+    assert refused.value.field == field
+    assert choose(ASKED | {"strategy": "deep", field: None}, MODELS)[1]
+
+
+def test_the_request_wins_over_the_preset_and_the_server_over_both():
+    def tokens(**budget: int) -> int | None:
+        selection = choose(ASKED | {"model": "tiny:deep", "budget": budget}, MODELS)[1]
+        return None if selection is None else selection.limits.tokens
+
+    assert tokens(samples=2) == 500
+    assert tokens(tokens=7) == 7
+    assert tokens(tokens=9999) == 1000
+
+
+def test_endpoints_without_several_answers_or_with_several_prompts_say_so():
+    for path, body, field in (
+        ("/v1/responses", {"n": 2}, "n"),
+        ("/v1/messages", {"trace": True, "stream": True}, "trace"),
+        ("/v1/chat/completions/batch", {}, "strategy"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            choose_from(ASKED | {"model": "tiny:deep"} | body, MODELS, Headers(), path, SETTINGS)
+        assert refused.value.field == field
+
+
+def test_xargs_alone_choose_where_no_middleware_does():
+    selection = from_xargs({"strategy": "deep", "budget": '{"samples": 2}'}, SETTINGS)
+    assert selection is not None
+    assert (selection.limits.tokens, selection.limits.samples) == (500, 2)
+    assert from_xargs({"temperature": 3}, SETTINGS) is None
+
+
+def test_a_run_of_an_unknown_asker_is_nobodys():
+    selection = from_xargs({"strategy": "deep"}, SETTINGS)
+    assert selection is not None
+    assert selection.owner not in ("", owner(Headers({"authorization": "Bearer a"})))
+    assert owner(Headers({"authorization": "Bearer a"})) != owner(Headers({"x-api-key": "b"}))

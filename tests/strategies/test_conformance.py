@@ -16,7 +16,16 @@ from pydantic import ValidationError
 
 from strategies.core.budget import Limits
 from strategies.core.errors import EngineUnavailable, NoCandidate, VerifierFailed
-from strategies.core.events import Aborted, Chosen, Event, Grown, Sampled, Scored, Started
+from strategies.core.events import (
+    Aborted,
+    Chosen,
+    Committed,
+    Event,
+    Grown,
+    Sampled,
+    Scored,
+    Started,
+)
 from strategies.core.strategy import Strategy
 from strategies.core.testing import FakeEngine, FakeVerifier, context
 from strategies.core.types import Candidate, Generation, Outcome, Problem
@@ -234,7 +243,13 @@ class Watched:
         if outcome is None:
             assert not chosen
             return
-        assert chosen == [Chosen(index=outcome.chosen.index, stopped=outcome.stopped)]
+        returned = tuple(candidate.index for candidate in outcome.ranked)
+        assert chosen == [
+            Chosen(index=outcome.chosen.index, stopped=outcome.stopped, returned=returned)
+        ]
+        assert returned[0] == outcome.chosen.index
+        committed = [event.index for event in events if isinstance(event, Committed)]
+        assert committed in ([], [outcome.chosen.index]), "what is streamed is what wins"
         assert events[-1] == chosen[0]
         assert outcome.chosen in outcome.candidates
         indices = [candidate.index for candidate in outcome.candidates]

@@ -28,6 +28,9 @@ def tallied(ballots: list[str | None]) -> Tally:
 
 
 def vote(tally: Tally, answer: str | None, index: int, weight: float = 1.0) -> None:
+    if answer is None:
+        tally.blank()
+        return
     place = tally.answers.index(answer) if answer in tally.answers else None
     tally.count(place, answer, weight, index)
 
@@ -48,7 +51,7 @@ def test_equivalent_answers_add_up_under_the_first_form():
     assert tally.count(None, "1/2", 0.5, 0) == "1/2"
     assert tally.count(None, "3", 0.25, 1) == "3"
     assert tally.count(0, "0.5", 0.25, 2) == "1/2"
-    assert tally.count(None, None, 1.0, 3) is None
+    tally.blank()
     assert tally.answers == ["1/2", "3"]
     assert tally.weights == [0.75, 0.25]
     assert tally.recent == ["1/2", "3", "1/2", None]

@@ -1,0 +1,141 @@
+"""How much may run at once: a bound on requests, and slots for candidates, shared fairly."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Collection, Generator
+from contextlib import contextmanager, suppress
+from heapq import heappop, heappush
+from time import monotonic
+
+from strategies.core.engine import Engine
+from strategies.core.errors import Busy
+from strategies.core.types import Chunk, Generation
+
+
+class Admission:
+    """Changes only between awaits, so it needs no lock."""
+
+    def __init__(self, *, requests: int, candidates: int) -> None:
+        self._most = requests
+        self._gate = Gate(candidates)
+        self._typical = 1.0
+        """A moving average of what a request takes, in seconds."""
+        self.requests = 0
+        """Requests that search now."""
+
+    @property
+    def candidates(self) -> int:
+        """Candidates that run now."""
+        return self._gate.running
+
+    def check(self) -> None:
+        """Refuse one more request while too many search already.
+
+        Raises:
+            Busy: It may come again after the seconds given.
+        """
+        if self.requests >= self._most:
+            raise Busy(
+                f"{self._most} requests are being searched for already; try again later",
+                seconds=round(min(60.0, max(1.0, self._typical))),
+            )
+
+    @contextmanager
+    def admit(self, engine: Engine) -> Generator[Engine]:
+        """The engine as one request may use it: each of its sequences waits for a slot."""
+        self.requests += 1
+        began = monotonic()
+        try:
+            yield Admitted(engine, self._gate)
+        finally:
+            self.requests -= 1
+            self._typical += 0.1 * (monotonic() - began - self._typical)
+
+
+class Gate:
+    """A number of slots, given in turn: self-clocked fair queueing (Golestani 1994).
+
+    The k-th candidate of a request that came when the clock stood at t has the tag t + k; the
+    lowest tag goes first and sets the clock. So a short request overtakes the tail of a long one,
+    and newcomers without end put the clock forward, which brings that tail its turn.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._waiting: list[tuple[float, int, asyncio.Future[bool]]] = []
+        self._clock = 0.0
+        self._asked = 0
+        self.running = 0
+
+    def ask(self, last: float) -> tuple[float, asyncio.Future[bool]]:
+        """Ask for a slot after the request's `last` tag.
+
+        Gives the new tag, and a future that is true once the slot is there; resolve it with false
+        to leave the queue.
+        """
+        tag = max(self._clock, last) + 1
+        given: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._asked += 1
+        heappush(self._waiting, (tag, self._asked, given))
+        self._serve()
+        return tag, given
+
+    def leave(self) -> None:
+        """Give a slot back."""
+        self.running -= 1
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._waiting and self.running < self._slots:
+            tag, _, given = heappop(self._waiting)
+            if not given.done():
+                self._clock = tag
+                self.running += 1
+                given.set_result(True)
+
+
+class Admitted:
+    """An `Engine` behind the gate, for one request."""
+
+    def __init__(self, engine: Engine, gate: Gate) -> None:
+        self._engine = engine
+        self._gate = gate
+        self._tag = 0.0
+        self._asking: dict[int, asyncio.Future[bool]] = {}
+        self._ended: set[int] = set()
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
+        """See `Engine.generate`; the wait for a slot comes first."""
+        index = generation.index
+        if index in self._ended:
+            yield Chunk(finish_reason="abort")
+            return
+        self._tag, given = self._gate.ask(self._tag)
+        self._asking[index] = given
+        try:
+            admitted = await given
+        except asyncio.CancelledError:
+            if given.done() and not given.cancelled() and given.result():
+                self._gate.leave()  # it was given in the very moment of the cancellation
+            raise
+        finally:
+            del self._asking[index]
+        if not admitted:
+            yield Chunk(finish_reason="abort")
+            return
+        sequence = self._engine.generate(generation)
+        try:
+            async for chunk in sequence:
+                yield chunk
+        finally:
+            try:
+                await sequence.aclose()
+            finally:
+                self._gate.leave()
+
+    async def abort(self, indices: Collection[int]) -> None:
+        """See `Engine.abort`."""
+        self._ended |= set(indices)
+        for index in indices:
+            with suppress(KeyError, asyncio.InvalidStateError):
+                self._asking[index].set_result(False)
+        await self._engine.abort(indices)

@@ -1,0 +1,49 @@
+"""Running and recent runs by name, for those who hold the key that started them."""
+
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from server import metrics
+from server.run import Run
+from strategies.core.errors import NotFound
+from strategies.core.events import Failed
+
+
+class Store:
+    """Keeps every running run, and the `kept` that ended last, in memory."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._running: dict[str, Run] = {}
+        self._ended: OrderedDict[str, Run] = OrderedDict()
+
+    @contextmanager
+    def keeping(self, run: Run) -> Generator[None]:
+        """Keep a run while the block lasts, and then as one that ended."""
+        self._running[run.id] = run
+        try:
+            yield
+        finally:
+            if not run.trace.over:  # cancelled before it had begun
+                run.trace.record(Failed(stopped="cancelled"))
+            del self._running[run.id]
+            self._ended[run.id] = run
+            while len(self._ended) > self._kept:
+                self._ended.popitem(last=False)
+            metrics.count(run)
+
+    def find(self, name: str, owner: str) -> Run:
+        """The run of that id, or the newest of that `X-Request-Id`.
+
+        Raises:
+            NotFound: There is none, or another key started it.
+        """
+        run = self._running.get(name) or self._ended.get(name)
+        if run is not None and run.selection.owner == owner:
+            return run
+        for runs in (self._running, self._ended):
+            for run in reversed(runs.values()):
+                if run.selection.request_id == name and run.selection.owner == owner:
+                    return run
+        raise NotFound(f"there is no trace '{name[:100]}' of yours")

@@ -1,0 +1,117 @@
+"""Whatever a client sends, it gets a 4xx or a bounded answer, and nobody else notices."""
+
+import json
+import time
+from contextlib import suppress
+from typing import Any, cast
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+
+CHAT, NATIVE = "/v1/chat/completions", "/v1/strategies/self_consistency"
+BODY: dict[str, Any] = {
+    "model": "mull-tiny",
+    "messages": [{"role": "user", "content": "Tom has 5 apples. He finds 3 more. How many?"}],
+    "max_tokens": 20,
+}
+VOTE = {"strategy": {"kind": "self_consistency", "n": 2}}
+
+
+def deep(levels: int) -> str:
+    return '{"a":' * levels + "1" + "}" * levels
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"messages": [{"role": "user", "content": "apple " * 3000}]},
+        {"strategy": {"kind": "self_consistency", "n": 0}},
+        {"strategy": {"kind": "self_consistency", "n": 10**6}},
+        {"strategy": {"kind": "self_consistency", "n": "many"}},
+        {"strategy": [1]},
+        {"budget": {"tokens": -1}},
+        {"budget": {"seconds": "NaN"}},
+        {"budget": []},
+        {"model": "nobody"},
+        {"model": "mull-tiny:nothing"},
+        {"model": 7},
+        {"messages": "no list"},
+        {"messages": []},
+        {"temperature": "hot"},
+        {"max_tokens": -5},
+        {"trace": "yes"},
+        {"stop": 7},
+        {"strategy": {"kind": "best_of_n", "verifier": {"kind": "regex", "pattern": "("}}},
+        {"vllm_xargs": {"strategy": "{"}},
+    ],
+    ids=lambda more: json.dumps(more)[:50],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_wrong_requests_are_4xx(client: httpx.Client, more: dict[str, Any], stream: bool):
+    reply = client.post(CHAT, json=BODY | VOTE | {"stream": stream} | more)
+    assert 400 <= reply.status_code < 500, reply.text
+    assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, NATIVE])
+def test_wrong_bodies_are_4xx_and_cost_little(client: httpx.Client, path: str):
+    huge = json.dumps(BODY | VOTE | {"messages": [{"role": "user", "content": "x" * (10 << 20)}]})
+    nested = json.dumps(BODY)[:-1] + f', "metadata": {deep(20_000)}}}'
+    for raw in (huge, "x" * (17 << 20), nested, deep(200_000), b"\xff\xfe{", "null", "NaN", ""):
+        began = time.monotonic()
+        reply = client.post(path, content=raw, headers={"content-type": "application/json"})
+        assert 400 <= reply.status_code < 500, (raw[:40], reply.status_code, reply.text[:200])
+        assert time.monotonic() - began < 5
+    assert client.get("/health").status_code == 200
+
+
+def test_a_pattern_that_backtracks_for_ever_is_bounded(client: httpx.Client):
+    endless = {"kind": "regex", "pattern": r"(.|.|.)*\Z#"}
+    began = time.monotonic()
+    reply = client.post(NATIVE, json=BODY | {"n": 2, "answer": endless, "max_tokens": 60})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["answer"] is None
+    assert time.monotonic() - began < 20
+    assert client.post(NATIVE, json=BODY | {"n": 2}).status_code == 200
+
+
+def test_what_clients_say_is_not_in_the_log(server):
+    secret = "a-secret-that-nobody-logs"
+    body = BODY | VOTE | {"messages": [{"role": "user", "content": secret}]}
+    headers = {"Authorization": f"Bearer {secret}"}
+    for more in ({}, {"budget": {"tokens": "x"}}, {"stream": True}, {"model": secret}):
+        httpx.post(f"{server.url}{CHAT}", json=body | more, headers=headers, timeout=60)
+        httpx.post(f"{server.url}{NATIVE}", json=body | more, headers=headers, timeout=60)
+    assert secret not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error(server):
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").include(
+        path_regex=r"^/v1/(strategies|verifiers|traces)"
+    )
+    asked: dict[str, set[int]] = {}
+    for found in schema.get_all_operations():
+        operation = cast(Any, found).ok()
+        for mode in GenerationMode:
+
+            @settings(
+                max_examples=60,
+                deadline=None,
+                database=None,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+            )
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def probe(case: schemathesis.Case, label: str = operation.label) -> None:
+                reply = case.call(timeout=60)
+                asked.setdefault(label, set()).add(reply.status_code)
+                assert reply.status_code < 500, reply.text
+
+            with suppress(Unsatisfiable):  # an operation without parameters has no wrong ones
+                probe()
+    assert len(asked) == 5, asked
+    assert httpx.get(f"{server.url}/health").status_code == 200
