@@ -2,13 +2,13 @@
 
 import argparse
 
-from bench import accuracy, model, startup
+from bench import accuracy, model, overhead, startup, throughput
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (accuracy, model, startup):
+    for module in (accuracy, model, overhead, throughput, startup):
         name = module.__name__.rsplit(".", 1)[-1]
         command = commands.add_parser(
             name,

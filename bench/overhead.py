@@ -1,0 +1,119 @@
+"""Overhead: Mull's vote on 16 samples against bare vLLM's n=16 and the vote in the client.
+
+Same server, same seeds, alternating pairs; early stop off. JSON keys: `rows`, a list of {clients,
+pairs, ratio_median, ratio_low, ratio_high, mull_seconds, bare_seconds, mull_tokens, bare_tokens}; a
+ratio is Mull's wall time over bare vLLM's, one per pair (of requests, or of rounds of concurrent
+ones), with a 95 % bootstrap interval of its median.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.bare import Answered, search, vote
+from bench.serving import bar, server
+from bench.stats import median
+from finetune.tiny.problems import Item, test_set
+from strategies.core.answers import Answers
+from strategies.core.sandbox import Sandbox
+
+N = 16
+STRATEGY = {"kind": "self_consistency", "n": N, "early_stop": "never", "start": "all"}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pairs", type=int, default=60, help="pairs per number of clients")
+
+
+def run(options: argparse.Namespace) -> None:
+    items = [item for item in test_set(options.seed, options.problems) if item.family == "word"]
+    with server(options.url, options.path) as base:
+        rows = asyncio.run(_measure(base, items, options))
+    _show(rows)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+async def _measure(base: str, items: list[Item], options: argparse.Namespace) -> list[Any]:
+    sandbox = Sandbox()
+    answers, rows = Answers(sandbox), []
+    async with httpx.AsyncClient(base_url=base, timeout=600) as client:
+        with bar() as progress:
+            for clients in (1, 8):
+                rows.append(await _pairs(client, answers, items, options, clients, progress))
+    await sandbox.close()
+    return rows
+
+
+async def _pairs(
+    client: httpx.AsyncClient,
+    answers: Answers,
+    items: list[Item],
+    options: argparse.Namespace,
+    clients: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    task = progress.add_task(f"{clients} clients", total=options.pairs)
+    sides: dict[str, list[tuple[float, int]]] = {"mull": [], "bare": []}
+    for pair in range(-2, options.pairs):  # two to warm up
+        chosen = [items[(pair * clients + at) % len(items)] for at in range(clients)]
+        for side in ("mull", "bare") if pair % 2 else ("bare", "mull"):
+            began = time.monotonic()
+            answered = await asyncio.gather(
+                *(_one(side, client, answers, item, options, pair) for item in chosen)
+            )
+            if pair >= 0:
+                tokens = sum(one.tokens for one in answered)
+                sides[side].append((time.monotonic() - began, tokens))
+        progress.advance(task, pair >= 0)
+    ratios = [ours / bare for (ours, _), (bare, _) in zip(*sides.values(), strict=True)]
+    rng = random.Random(0)
+    boot = sorted(median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return {
+        "clients": clients,
+        "pairs": len(ratios),
+        "ratio_median": median(ratios),
+        "ratio_low": boot[50],
+        "ratio_high": boot[-50],
+        **{f"{side}_seconds": median([one for one, _ in got]) for side, got in sides.items()},
+        **{f"{side}_tokens": sum(tokens for _, tokens in got) for side, got in sides.items()},
+    }
+
+
+async def _one(
+    side: str,
+    client: httpx.AsyncClient,
+    answers: Answers,
+    item: Item,
+    options: argparse.Namespace,
+    pair: int,
+) -> Answered:
+    seed = options.seed + 1000 * (pair + 2)
+    if side == "bare":
+        return await vote(client, options.model, item, answers, seed=seed, n=N)
+    return await search(client, options.model, item, seed=seed, strategy=STRATEGY)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="wall time of Mull's vote on 16 over bare vLLM's n=16 and a client's vote")
+    for heading in ("clients", "pairs", "median ratio (95 %)", "Mull s", "bare s", "tokens"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["clients"]),
+            str(row["pairs"]),
+            f"{row['ratio_median']:.3f} ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})",
+            f"{row['mull_seconds']:.3f}",
+            f"{row['bare_seconds']:.3f}",
+            f"{row['mull_tokens']} / {row['bare_tokens']}",
+        )
+    Console(width=130).print(table)

@@ -1,0 +1,162 @@
+"""Throughput: problems per second and accuracy at 1, 8 and 32 clients, early stops on.
+
+Against bare vLLM's n=8 and n=16 with a vote in the client, on the same server, problems and seeds;
+the order of the arms rotates between repetitions. JSON keys: `rows`, a list of {family, arm,
+clients, problems_per_second, ratio, accuracy, change, change_half_width, tokens}; the first is the
+median over repetitions, `ratio` is over bare n=8 at as many clients within the same repetition
+(median), `change` is of accuracy against it, in points, paired by problem and repetition.
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from bench.bare import Answered, search, vote
+from bench.serving import ask_all, bar, server
+from bench.stats import half_width, mean, median
+from finetune.tiny.problems import FAMILIES, Item, test_set
+from strategies.core.answers import Answers
+from strategies.core.sandbox import Sandbox
+
+CLIENTS = (1, 8, 32)
+BASE = "bare n=8"
+ARMS: dict[str, int | dict[str, Any]] = {
+    BASE: 8,
+    "bare n=16": 16,
+    "mull n=8": {"kind": "self_consistency", "n": 8},
+    "mull n=8, confidence": {"kind": "self_consistency", "n": 8, "early_stop": "confidence"},
+    "mull n=8, window": {"kind": "self_consistency", "n": 8, "early_stop": "window"},
+    "mull n=16": {"kind": "self_consistency", "n": 16},
+    "mull n=16, confidence": {"kind": "self_consistency", "n": 16, "early_stop": "confidence"},
+}
+"""By name: bare vLLM's n, or Mull's strategy."""
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of every arm")
+    parser.add_argument("--plot", metavar="PNG", help="draw problems per second there")
+
+
+def run(options: argparse.Namespace) -> None:
+    items = test_set(options.seed, options.problems)
+    with server(options.url, options.path) as base:
+        rows = asyncio.run(_measure(base, items, options))
+    _show(rows, options)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if options.plot:
+        _plot(rows, options.plot)
+
+
+async def _measure(base: str, items: list[Item], options: argparse.Namespace) -> list[Any]:
+    sandbox = Sandbox()
+    answers, rows = Answers(sandbox), []
+    async with httpx.AsyncClient(base_url=base, timeout=600) as client:
+        with bar() as progress:
+            for family in FAMILIES:
+                mine = list(enumerate(item for item in items if item.family == family))
+                for clients in CLIENTS:
+                    seen: dict[str, list[tuple[float, list[Answered]]]] = {arm: [] for arm in ARMS}
+                    for repeat in range(options.repeats):
+                        seed = options.seed + 1_000_000 * repeat
+                        names = list(ARMS)
+                        for name in names[repeat:] + names[:repeat]:
+                            began = time.monotonic()
+                            answered = await ask_all(
+                                mine,
+                                partial(_one, client, answers, options.model, ARMS[name], seed),
+                                clients=clients,
+                                progress=progress,
+                                label=f"{family}, {clients} clients: {name}",
+                            )
+                            seen[name].append((len(mine) / (time.monotonic() - began), answered))
+                    rows += [_row(family, clients, name, seen) for name in ARMS]
+    await sandbox.close()
+    return rows
+
+
+async def _one(
+    client: httpx.AsyncClient,
+    answers: Answers,
+    model: str,
+    arm: int | dict[str, Any],
+    seed: int,
+    asked: tuple[int, Item],
+) -> Answered:
+    number, item = asked
+    seed += 1000 * number
+    if isinstance(arm, int):
+        return await vote(client, model, item, answers, seed=seed, n=arm)
+    return await search(client, model, item, seed=seed, strategy=arm)
+
+
+def _row(
+    family: str, clients: int, name: str, seen: dict[str, list[tuple[float, list[Answered]]]]
+) -> dict[str, Any]:
+    speeds = [speed for speed, _ in seen[name]]
+    right = [float(one.right) for _, answered in seen[name] for one in answered]
+    base = [float(one.right) for _, answered in seen[BASE] for one in answered]
+    paired = [100 * (ours - theirs) for ours, theirs in zip(right, base, strict=True)]
+    ratios = [ours / theirs for ours, (theirs, _) in zip(speeds, seen[BASE], strict=True)]
+    return {
+        "family": family,
+        "arm": name,
+        "clients": clients,
+        "problems_per_second": median(speeds),
+        "ratio": median(ratios),
+        "accuracy": mean(right),
+        "change": mean(paired),
+        "change_half_width": half_width(paired),
+        "tokens": mean([float(one.tokens) for _, answered in seen[name] for one in answered]),
+    }
+
+
+def _show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    table = Table(
+        title=f"{options.problems} held-out problems per family, median of {options.repeats}"
+    )
+    for heading in (
+        "family", "clients", "arm", "problems/s", "ratio", "accuracy", "change, points", "tokens",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("family", "arm") else "right")
+    for row in rows:
+        table.add_row(
+            row["family"],
+            str(row["clients"]),
+            row["arm"],
+            f"{row['problems_per_second']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['change']:+.1f} ± {row['change_half_width']:.1f}",
+            f"{row['tokens']:.0f}",
+        )
+    Console(width=130).print(table)
+
+
+def _plot(rows: list[dict[str, Any]], path: str) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(FAMILIES), figsize=(11, 4.2), squeeze=False)
+    for axis, family in zip(axes[0], FAMILIES, strict=True):
+        for name in ARMS:
+            mine = [row for row in rows if (row["family"], row["arm"]) == (family, name)]
+            style = "--" if name.startswith("bare") else "-"
+            speeds = [row["problems_per_second"] for row in mine]
+            axis.plot([row["clients"] for row in mine], speeds, style, marker="o", label=name)
+        axis.set(title=family, xlabel="clients", ylabel="problems per second", xscale="log")
+        axis.set_xticks(CLIENTS, [str(clients) for clients in CLIENTS])
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
