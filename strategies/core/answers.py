@@ -134,9 +134,9 @@ class Answers:
 
     async def _apart(self, seconds: float | None, function: str, *arguments: str | None) -> object:
         """A call in the sandbox; None if it came to no end, there or in `seconds`."""
+        call = self._sandbox.call(function, *arguments, seconds=SECONDS)
         try:
-            async with asyncio.timeout(seconds):
-                return await self._sandbox.call(function, *arguments, seconds=SECONDS)
+            return await (call if seconds is None else asyncio.wait_for(call, seconds))
         except (TimeoutError, TimedOut, Crashed):
             return None
 

@@ -103,6 +103,7 @@ VOLATILE = {
     "created",
     "created_at",
     "item_id",
+    "sequence_number",  # of chunks before it, and how many tokens share one depends on timing
     "request_id",
     "completed_at",
     "input_messages",
