@@ -1,6 +1,8 @@
 """`python -m bench NAME`: see `python -m bench --help`."""
 
 import argparse
+import signal
+import sys
 
 from bench import accuracy, model, overhead, startup, throughput
 
@@ -34,6 +36,8 @@ def main() -> None:
         module.options(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args()
+    # `timeout` and `kill` end the server that the bench started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.run(options)
 
 

@@ -18,6 +18,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench import bare
 from bench.serving import ask_all, bar, server
 from bench.stats import half_width, mean, median
 from finetune.tiny.problems import FAMILIES, Item, grade, test_set
@@ -87,18 +88,8 @@ async def _measure(
                         item: Item, fields: dict[str, Any] = fields, mine: list[Item] = mine
                     ) -> dict[str, Any]:
                         began = time.monotonic()
-                        reply = await client.post(
-                            "/v1/chat/completions",
-                            json={
-                                "model": options.model,
-                                "messages": [{"role": "user", "content": item.prompt}],
-                                "max_tokens": 400,
-                                "seed": options.seed + 1000 * mine.index(item),
-                                **fields,
-                            },
-                        )
-                        reply.raise_for_status()
-                        body = reply.json()
+                        seed = options.seed + 1000 * mine.index(item)
+                        body = await bare.ask(client, options.model, item, seed=seed, **fields)
                         return {
                             "right": grade(item, body["choices"][0]["message"]["content"]),
                             "tokens": body["usage"]["completion_tokens"],

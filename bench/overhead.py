@@ -31,7 +31,9 @@ STRATEGY = {"kind": "self_consistency", "n": N, "early_stop": "never", "start": 
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=60, help="pairs per number of clients")
+    parser.add_argument(
+        "--pairs", type=int, default=60, help="of single requests; half as many of rounds of 8"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -46,11 +48,15 @@ def run(options: argparse.Namespace) -> None:
 async def _measure(base: str, items: list[Item], options: argparse.Namespace) -> list[Any]:
     sandbox = Sandbox()
     answers, rows = Answers(sandbox), []
-    async with httpx.AsyncClient(base_url=base, timeout=600) as client:
-        with bar() as progress:
-            for clients in (1, 8):
-                rows.append(await _pairs(client, answers, items, options, clients, progress))
-    await sandbox.close()
+    try:
+        async with httpx.AsyncClient(base_url=base, timeout=600) as client:
+            with bar() as progress:
+                for clients, pairs in ((1, options.pairs), (8, max(1, options.pairs // 2))):
+                    rows.append(
+                        await _pairs(client, answers, items, options, clients, pairs, progress)
+                    )
+    finally:
+        await sandbox.close()
     return rows
 
 
@@ -60,11 +66,12 @@ async def _pairs(
     items: list[Item],
     options: argparse.Namespace,
     clients: int,
+    pairs: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    task = progress.add_task(f"{clients} clients", total=options.pairs)
+    task = progress.add_task(f"{clients} clients", total=pairs)
     sides: dict[str, list[tuple[float, int]]] = {"mull": [], "bare": []}
-    for pair in range(-2, options.pairs):  # two to warm up
+    for pair in range(-2, pairs):  # two to warm up
         chosen = [items[(pair * clients + at) % len(items)] for at in range(clients)]
         for side in ("mull", "bare") if pair % 2 else ("bare", "mull"):
             began = time.monotonic()

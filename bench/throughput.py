@@ -1,10 +1,12 @@
 """Throughput: problems per second and accuracy at 1, 8 and 32 clients, early stops on.
 
 Against bare vLLM's n=8 and n=16 with a vote in the client, on the same server, problems and seeds;
-the order of the arms rotates between repetitions. JSON keys: `rows`, a list of {family, arm,
-clients, problems_per_second, ratio, accuracy, change, change_half_width, tokens}; the first is the
+the order of the arms rotates between repetitions, after one uncounted sample of every problem. JSON
+keys: `problems_per_family`, `seed`, `repeats`, and `rows`, a list of {family, arm, clients,
+problems_per_second, ratio, accuracy, change, change_half_width, tokens}; problems per second is the
 median over repetitions, `ratio` is over bare n=8 at as many clients within the same repetition
-(median), `change` is of accuracy against it, in points, paired by problem and repetition.
+(median), `change` is of accuracy against it, in points, paired by problem: its repetitions are
+averaged first, since they are not independent; `tokens` are generated per problem.
 """
 
 import argparse
@@ -39,8 +41,12 @@ ARMS: dict[str, int | dict[str, Any]] = {
 }
 """By name: bare vLLM's n, or Mull's strategy."""
 
+Seen = dict[str, list[tuple[float, list[Answered]]]]
+"""By arm, one per repetition: problems per second, and what came back in the order asked."""
+
 
 def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(problems=96)
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of every arm")
     parser.add_argument("--plot", metavar="PNG", help="draw problems per second there")
 
@@ -51,7 +57,13 @@ def run(options: argparse.Namespace) -> None:
         rows = asyncio.run(_measure(base, items, options))
     _show(rows, options)
     if options.json:
-        Path(options.json).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        figures = {
+            "problems_per_family": options.problems,
+            "seed": options.seed,
+            "repeats": options.repeats,
+            "rows": rows,
+        }
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     if options.plot:
         _plot(rows, options.plot)
 
@@ -59,27 +71,39 @@ def run(options: argparse.Namespace) -> None:
 async def _measure(base: str, items: list[Item], options: argparse.Namespace) -> list[Any]:
     sandbox = Sandbox()
     answers, rows = Answers(sandbox), []
-    async with httpx.AsyncClient(base_url=base, timeout=600) as client:
-        with bar() as progress:
-            for family in FAMILIES:
-                mine = list(enumerate(item for item in items if item.family == family))
-                for clients in CLIENTS:
-                    seen: dict[str, list[tuple[float, list[Answered]]]] = {arm: [] for arm in ARMS}
-                    for repeat in range(options.repeats):
-                        seed = options.seed + 1_000_000 * repeat
-                        names = list(ARMS)
-                        for name in names[repeat:] + names[:repeat]:
-                            began = time.monotonic()
-                            answered = await ask_all(
-                                mine,
-                                partial(_one, client, answers, options.model, ARMS[name], seed),
-                                clients=clients,
-                                progress=progress,
-                                label=f"{family}, {clients} clients: {name}",
-                            )
-                            seen[name].append((len(mine) / (time.monotonic() - began), answered))
-                    rows += [_row(family, clients, name, seen) for name in ARMS]
-    await sandbox.close()
+    try:
+        async with httpx.AsyncClient(base_url=base, timeout=600) as client:
+            with bar() as progress:
+
+                async def all_by(
+                    label: str, arm: int | dict[str, Any], seed: int
+                ) -> list[Answered]:
+                    return await ask_all(
+                        mine,
+                        partial(_one, client, answers, options.model, arm, seed),
+                        clients=clients,
+                        progress=progress,
+                        label=f"{family}, {clients} clients: {label}",
+                    )
+
+                for family in FAMILIES:
+                    mine = list(enumerate(item for item in items if item.family == family))
+                    for clients in CLIENTS:
+                        await all_by("warm-up", 1, options.seed)
+                        seen: Seen = {arm: [] for arm in ARMS}
+                        for repeat in range(options.repeats):
+                            names = list(ARMS)
+                            turn = repeat % len(names)
+                            for name in names[turn:] + names[:turn]:
+                                began = time.monotonic()
+                                answered = await all_by(
+                                    name, ARMS[name], options.seed + 1_000_000 * repeat
+                                )
+                                took = time.monotonic() - began
+                                seen[name].append((len(mine) / took, answered))
+                        rows += [_row(family, clients, name, seen) for name in ARMS]
+    finally:
+        await sandbox.close()
     return rows
 
 
@@ -98,12 +122,9 @@ async def _one(
     return await search(client, model, item, seed=seed, strategy=arm)
 
 
-def _row(
-    family: str, clients: int, name: str, seen: dict[str, list[tuple[float, list[Answered]]]]
-) -> dict[str, Any]:
+def _row(family: str, clients: int, name: str, seen: Seen) -> dict[str, Any]:
     speeds = [speed for speed, _ in seen[name]]
-    right = [float(one.right) for _, answered in seen[name] for one in answered]
-    base = [float(one.right) for _, answered in seen[BASE] for one in answered]
+    right, base = _right(seen[name]), _right(seen[BASE])
     paired = [100 * (ours - theirs) for ours, theirs in zip(right, base, strict=True)]
     ratios = [ours / theirs for ours, (theirs, _) in zip(speeds, seen[BASE], strict=True)]
     return {
@@ -117,6 +138,12 @@ def _row(
         "change_half_width": half_width(paired),
         "tokens": mean([float(one.tokens) for _, answered in seen[name] for one in answered]),
     }
+
+
+def _right(repetitions: list[tuple[float, list[Answered]]]) -> list[float]:
+    """Per problem, how many of its repetitions were right."""
+    runs = zip(*(answered for _, answered in repetitions), strict=True)
+    return [mean([float(one.right) for one in answers]) for answers in runs]
 
 
 def _show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
