@@ -30,14 +30,15 @@ from strategies.core.sandbox import Sandbox
 
 CLIENTS = (1, 8, 32)
 BASE = "bare n=8"
+VOTE: dict[str, Any] = {"kind": "self_consistency", "n": 8}
 ARMS: dict[str, int | dict[str, Any]] = {
     BASE: 8,
     "bare n=16": 16,
-    "mull n=8": {"kind": "self_consistency", "n": 8},
-    "mull n=8, confidence": {"kind": "self_consistency", "n": 8, "early_stop": "confidence"},
-    "mull n=8, window": {"kind": "self_consistency", "n": 8, "early_stop": "window"},
-    "mull n=16": {"kind": "self_consistency", "n": 16},
-    "mull n=16, confidence": {"kind": "self_consistency", "n": 16, "early_stop": "confidence"},
+    "mull n=8": VOTE,
+    "mull n=8, all at once": VOTE | {"start": "all"},
+    "mull n=8, confidence 0.95": VOTE | {"early_stop": "confidence"},
+    "mull n=8, confidence 0.9": VOTE | {"early_stop": "confidence", "confidence": 0.9},
+    "mull n=16, confidence 0.95": VOTE | {"n": 16, "early_stop": "confidence"},
 }
 """By name: bare vLLM's n, or Mull's strategy."""
 

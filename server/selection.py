@@ -30,13 +30,14 @@ from strategies.registry import STRATEGIES
 SELECTION: ContextVar[Selection | None] = ContextVar("selection", default=None)
 """Carries a request's choice across vLLM's handler into `generate()`."""
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_ONE_ANSWER = ("/v1/responses", "/v1/messages")
+_CHUNKED = ("/v1/chat/completions", "/v1/completions")
+"""Endpoints whose streams have room for what happens."""
+
+ENDPOINTS = (*_CHUNKED, *_ONE_ANSWER, "/invocations")
 
 MANY = ("/v1/chat/completions/batch",)
 """Endpoints of many prompts, where a strategy is refused."""
-
-_CHUNKED = ENDPOINTS[:2]
-"""Endpoints whose streams have room for what happens."""
 
 _NOBODY = "?"
 """Owns a run whose asker is not known: no key's digest, nor the owner of those who send none."""
@@ -113,7 +114,7 @@ def choose(
         rest["vllm_xargs"] = {k: v for k, v in xargs.items() if k not in ("strategy", "budget")}
         if not rest["vllm_xargs"]:
             del rest["vllm_xargs"]
-    if path in ENDPOINTS and path not in _CHUNKED and rest.get("n") not in (None, 1):
+    if path in _ONE_ANSWER and rest.get("n") not in (None, 1):
         raise InvalidRequest(f"{path} gives one answer; drop 'n'", field="n")
     trace = traced(body)
     if trace and body.get("stream") and path not in _CHUNKED:

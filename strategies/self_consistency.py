@@ -12,6 +12,7 @@ from strategies.core.vote import (
     Tally,
     decided,
     fewest_to_decide,
+    likely_to_decide,
     majority_confidence,
     unassailable,
 )
@@ -158,9 +159,13 @@ class SelfConsistency(Strategy, frozen=True):
         )
 
     def _wanted(self, tally: Tally, coming: int) -> int:
-        """How many more to start so that the vote could be decided, with `coming` on their way."""
+        """How many more to start so that the vote could be decided, with `coming` on their way.
+
+        As soon as most of them are in, what they say is how the others will vote.
+        """
         left = self.n - len(tally.recent)
-        return fewest_to_decide(self.early_stop, tally, left, **self._bounds()) - coming
+        rule = likely_to_decide if len(tally.recent) >= coming else fewest_to_decide
+        return rule(self.early_stop, tally, left, **self._bounds()) - coming
 
     def _bounds(self) -> _Bounds:
         return {"confidence": self.confidence or 0.95, "window": self.window or 4}

@@ -60,7 +60,7 @@ class Reasoner:
             return self._client.generate(prompt, sampling_params, request_id, **options)
         self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
-        return self._search(selection, asked, _problem(asked, selection.question))
+        return self._search(selection, asked, _problem(asked, selection))
 
     async def _search(
         self, selection: Selection, asked: Asked, problem: Problem
@@ -117,13 +117,15 @@ def _whole(engine: LocalEngine, outcome: Outcome) -> RequestOutput:
     return whole
 
 
-def _problem(asked: Asked, question: str) -> Problem:
+def _problem(asked: Asked, selection: Selection) -> Problem:
     ids = asked.prompt.get("prompt_token_ids")
     if not ids:
         raise InvalidRequest("a strategy needs a prompt of tokens")
+    if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
+        raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
     return Problem(
         token_ids=tuple(ids),  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
-        text=question,
+        text=selection.question,
         max_tokens=asked.params.max_tokens or 16,
         seed=asked.params.seed,
         answers=asked.params.n,

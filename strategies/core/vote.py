@@ -4,7 +4,7 @@ Pure and synchronous.
 """
 
 from dataclasses import dataclass, field
-from math import comb
+from math import ceil, comb
 from typing import Literal
 
 StopRule = Literal["never", "unassailable", "confidence", "window"]
@@ -92,6 +92,28 @@ def fewest_to_decide(
             rule == "confidence"
             and majority_confidence(int(best) + more, int(second)) >= confidence
         ):
+            return more
+    return left
+
+
+def likely_to_decide(
+    rule: StopRule, tally: Tally, left: int, *, confidence: float, window: int
+) -> int:
+    """How many further samples end the vote if they agree as those counted did; at most `left`.
+
+    A close vote thus goes on with all at once. The fewest that could decide it would save tokens
+    only if luck changed, and would make the client wait for one round after the other.
+    """
+    fewest = fewest_to_decide(rule, tally, left, confidence=confidence, window=window)
+    if rule in ("never", "window") or not tally.recent:
+        return fewest
+    best, second = tally.lead
+    counted = len(tally.recent)
+    for more in range(fewest, left):
+        first, other = (weight * (1 + more / counted) for weight in (best, second))
+        if rule == "unassailable" and unassailable(first, other, left - more):
+            return more
+        if rule == "confidence" and majority_confidence(int(first), ceil(other)) >= confidence:
             return more
     return left
 

@@ -123,3 +123,13 @@ def test_maxima_hold_on_every_path(chosen: httpx.Client):
 def test_other_endpoints_are_left_alone(chosen: httpx.Client):
     asked = {"model": "mull-tiny", "prompt": "2 + 2", "strategy": "none"}
     assert chosen.post("/tokenize", json=asked).status_code == 200
+
+
+def test_xargs_choose_on_sagemakers_endpoint_too(chosen: httpx.Client):
+    named = {"vllm_xargs": {"strategy": '{"kind": "best_of_n", "n": 3}', "budget": '{"tokens": 9}'}}
+    reply = chosen.post("/invocations", json=BODY | named)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["usage"]["completion_tokens"] == 9
+    assert reply.json()["mull"]["usage"]["engine_calls"] == 3
+    wrong = BODY | {"vllm_xargs": {"strategy": "nothing"}}
+    assert chosen.post("/invocations", json=wrong).status_code == 400

@@ -11,6 +11,7 @@ from strategies.core.vote import (
     Tally,
     decided,
     fewest_to_decide,
+    likely_to_decide,
     majority_confidence,
     unassailable,
 )
@@ -195,3 +196,22 @@ def test_a_vote_without_answers_or_without_samples_left_is_not_decided_early(rul
     assert not over(rule, tallied([]), 5)
     assert not over(rule, tallied([None, None, None]), 5)
     assert not over(rule, tallied(["a", "a", "a"]), 0)
+
+
+@pytest.mark.parametrize("rule", ["never", "unassailable", "confidence", "window"])
+@given(votes=ballots, left=st.integers(0, 12))
+def test_likely_to_decide_is_no_less_than_the_fewest_and_no_more_than_all(
+    rule: StopRule, votes: list[str | None], left: int
+):
+    found = likely_to_decide(rule, tallied(votes), left, confidence=CONFIDENCE, window=WINDOW)
+    assert fewest(rule, tallied(votes), left) <= found <= left
+
+
+def test_a_clear_vote_goes_on_by_the_fewest_and_a_close_one_with_all():
+    def likely(rule: StopRule, votes: str, left: int) -> int:
+        return likely_to_decide(rule, tallied(list(votes)), left, confidence=0.95, window=4)
+
+    assert likely("unassailable", "aaaaaaaab", 7) == 1
+    assert likely("unassailable", "abcde", 3) == 3
+    assert likely("confidence", "aaab", 12) < 12
+    assert likely("confidence", "aabb", 12) == 12
