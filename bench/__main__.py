@@ -31,7 +31,13 @@ def main() -> None:
         command.add_argument(
             "--seed", type=int, default=0, help="of the problems and of the samples"
         )
-        command.add_argument("--clients", type=int, default=8, help="requests in flight")
+        command.add_argument(
+            "--clients",
+            type=int,
+            nargs="+" if hasattr(module, "CLIENTS") else None,
+            default=getattr(module, "CLIENTS", 8),
+            help="requests in flight (default %(default)s)",
+        )
         command.add_argument("--json", metavar="PATH", help="write the figures there")
         module.options(command)
         command.set_defaults(run=module.run)

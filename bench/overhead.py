@@ -26,13 +26,14 @@ from finetune.tiny.problems import Item, test_set
 from strategies.core.answers import Answers
 from strategies.core.sandbox import Sandbox
 
+CLIENTS = [1, 8]
 N = 16
 STRATEGY = {"kind": "self_consistency", "n": N, "early_stop": "never", "start": "all"}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pairs", type=int, default=60, help="of single requests; half as many of rounds of 8"
+        "--pairs", type=int, default=60, help="of single requests; half as many of rounds"
     )
 
 
@@ -51,7 +52,8 @@ async def _measure(base: str, items: list[Item], options: argparse.Namespace) ->
     try:
         async with httpx.AsyncClient(base_url=base, timeout=600) as client:
             with bar() as progress:
-                for clients, pairs in ((1, options.pairs), (8, max(1, options.pairs // 2))):
+                for clients in options.clients:
+                    pairs = options.pairs if clients == 1 else max(1, options.pairs // 2)
                     rows.append(
                         await _pairs(client, answers, items, options, clients, pairs, progress)
                     )

@@ -28,7 +28,7 @@ from finetune.tiny.problems import FAMILIES, Item, test_set
 from strategies.core.answers import Answers
 from strategies.core.sandbox import Sandbox
 
-CLIENTS = (1, 8, 32)
+CLIENTS = [1, 8, 32]
 BASE = "bare n=8"
 VOTE: dict[str, Any] = {"kind": "self_consistency", "n": 8}
 ARMS: dict[str, int | dict[str, Any]] = {
@@ -49,6 +49,7 @@ Seen = dict[str, list[tuple[float, list[Answered]]]]
 def options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(problems=96)
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of every arm")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--plot", metavar="PNG", help="draw problems per second there")
 
 
@@ -87,9 +88,9 @@ async def _measure(base: str, items: list[Item], options: argparse.Namespace) ->
                         label=f"{family}, {clients} clients: {label}",
                     )
 
-                for family in FAMILIES:
+                for family in options.families:
                     mine = list(enumerate(item for item in items if item.family == family))
-                    for clients in CLIENTS:
+                    for clients in options.clients:
                         await all_by("warm-up", 1, options.seed)
                         seen: Seen = {arm: [] for arm in ARMS}
                         for repeat in range(options.repeats):
@@ -175,15 +176,17 @@ def _plot(rows: list[dict[str, Any]], path: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(FAMILIES), figsize=(11, 4.2), squeeze=False)
-    for axis, family in zip(axes[0], FAMILIES, strict=True):
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    several = sorted({row["clients"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(families), figsize=(11, 4.2), squeeze=False)
+    for axis, family in zip(axes[0], families, strict=True):
         for name in ARMS:
             mine = [row for row in rows if (row["family"], row["arm"]) == (family, name)]
             style = "--" if name.startswith("bare") else "-"
             speeds = [row["problems_per_second"] for row in mine]
             axis.plot([row["clients"] for row in mine], speeds, style, marker="o", label=name)
         axis.set(title=family, xlabel="clients", ylabel="problems per second", xscale="log")
-        axis.set_xticks(CLIENTS, [str(clients) for clients in CLIENTS])
+        axis.set_xticks(several, [str(clients) for clients in several])
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()

@@ -16,9 +16,9 @@ from server.selection import ENDPOINTS, MANY, SELECTION, choose
 from server.settings import Settings
 from server.sse import HEARTBEAT
 from server.trace import told
-from server.wire import JSON, as_list, as_object
+from server.wire import JSON, as_list, as_object, body_of
 from strategies.core.aio import Background
-from strategies.core.errors import InvalidRequest, MullError
+from strategies.core.errors import MullError
 from strategies.core.events import Grown
 
 
@@ -39,7 +39,7 @@ class Choosing:
             await self._app(scope, receive, send)
             return
         try:
-            raw = await _body(receive, self._settings.max_body_bytes)
+            raw = await body_of(receive, self._settings.max_body_bytes)
             if raw is None:
                 return  # the client left before it had said everything
             body, changed, selection = _object(raw), None, None
@@ -106,12 +106,14 @@ class _Completing:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             kind = Headers(raw=message["headers"]).get("content-type", "")
-            if kind.startswith("text/event-stream"):
-                self._streaming.set()
             if message["status"] == 200 and kind.startswith("application/json"):
                 self._start = message
                 return
-        elif message["type"] == "http.response.body":
+            await self._send(message)
+            if kind.startswith("text/event-stream"):
+                self._streaming.set()  # from here on others may send between vLLM's pieces
+            return
+        if message["type"] == "http.response.body":
             body = message.get("body", b"")
             if self._start is not None:
                 self._held += body
@@ -198,21 +200,6 @@ def _object(raw: bytes) -> JSON | None:
         return as_object(json.loads(raw))
     except (ValueError, RecursionError):
         return None
-
-
-async def _body(receive: Receive, limit: int) -> bytes | None:
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > limit:
-            raise InvalidRequest(f"the body is larger than {limit} bytes")
-        if not message.get("more_body", False):
-            return b"".join(chunks)
 
 
 def _replay(raw: bytes, receive: Receive) -> Receive:

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from strategies.core.context import Context
+from strategies.core.errors import OutOfTime
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import Tally
@@ -46,7 +47,11 @@ class BestOfN(Strategy, frozen=True):
         if self.n == 1:
             ctx.commit(0)
         candidates = await ctx.sample_many(problem, self.n)
-        verdicts = await ctx.verify(problem, candidates)
+        try:
+            verdicts = await ctx.verify(problem, candidates)
+        except OutOfTime:  # unjudged, the earliest that ended by itself
+            earliest = sorted(candidates, key=lambda one: (not one.complete, one.index))
+            return await ctx.choose(problem, earliest)
         scores = {
             candidate.index: verdict.score
             for candidate, verdict in zip(candidates, verdicts, strict=True)

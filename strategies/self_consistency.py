@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self, TypedDict
 from pydantic import Field, model_validator
 
 from strategies.core.context import Context
+from strategies.core.errors import OutOfTime
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import (
@@ -124,7 +125,11 @@ class SelfConsistency(Strategy, frozen=True):
                     candidates.append(candidate)
                     weight = 1.0
                     if self.weight != "none":
-                        [verdict] = await ctx.verify(problem, [candidate])
+                        try:
+                            [verdict] = await ctx.verify(problem, [candidate])
+                        except OutOfTime:  # what nobody judged has no vote
+                            tally.blank()
+                            continue
                         weight = scores[index] = verdict.score
                     if candidate.answer is None:
                         tally.blank()

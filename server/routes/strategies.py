@@ -1,6 +1,7 @@
 """`/v1/strategies` and `/v1/verifiers`: the catalogue, and a strategy as an endpoint of its own."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -15,7 +16,7 @@ from server.selection import SELECTION, choose, parse
 from server.sse import EventStream, Refused, event
 from server.trace import told
 from server.verifiers.catalogue import VERIFIERS
-from server.wire import JSON, as_object
+from server.wire import JSON, as_object, body_of
 from strategies.core.aio import Background
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
@@ -93,8 +94,12 @@ async def solve(kind: str, request: Request) -> Response:
         raise InvalidRequest(
             f"there is no strategy '{kind}'; {nearest(kind, list(STRATEGIES))}", field="kind"
         )
+    state = request.app.state
+    raw = await body_of(request.receive, state.settings.max_body_bytes)
+    if raw is None:
+        return Response(status_code=400)  # the client left before it had said everything
     try:
-        body: Any = await request.json()
+        body: Any = json.loads(raw)
     except (ValueError, RecursionError):
         raise InvalidRequest("the body is not JSON") from None
     fields = as_object(body)
@@ -108,7 +113,7 @@ async def solve(kind: str, request: Request) -> Response:
     streamed = rest.pop("stream", None)
     if streamed not in (None, True, False):
         raise InvalidRequest("'stream' is true or false", field="stream")
-    chat = request.app.state.chat
+    chat = state.chat
     known = [*own, "budget", "trace", *chat.fields]
     if (unknown := next((name for name in rest if name not in known), None)) is not None:
         raise InvalidRequest(
@@ -116,7 +121,6 @@ async def solve(kind: str, request: Request) -> Response:
             f"{nearest(unknown, known)}",
             field=unknown,
         )
-    state = request.app.state
     asked, selection = choose(
         rest | {"strategy": strategy.model_dump(mode="json", exclude_unset=True)},
         state.served(),
@@ -129,7 +133,7 @@ async def solve(kind: str, request: Request) -> Response:
     try:
         if streamed:
             events = _events(chat, asked, request, selection)
-            heartbeat_seconds = request.app.state.settings.heartbeat_seconds
+            heartbeat_seconds = state.settings.heartbeat_seconds
             return EventStream(events, heartbeat_seconds=heartbeat_seconds)
         reply = await chat.complete(asked, request, watch=True)
     finally:

@@ -14,7 +14,7 @@ from strategies.core.aio import Arrivals, Group
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
 from strategies.core.engine import Engine
-from strategies.core.errors import NoCandidate, VerifierFailed
+from strategies.core.errors import NoCandidate, OutOfTime, VerifierFailed
 from strategies.core.events import (
     Aborted,
     Chosen,
@@ -70,7 +70,7 @@ Read = Callable[[str, Sequence[int]], Reading]
 """Reads a sample's text and tokens as the server of its model will; without, tags in it do."""
 
 LATE_SECONDS = 0.2
-"""How long after its deadline a run may still read and compare answers in the sandbox."""
+"""How long after its deadline a run may still read, compare and judge what it has."""
 
 GRACE_SECONDS = 1.0
 """How long an aborted sequence may take to say what it had generated, before it is cut off."""
@@ -124,10 +124,19 @@ class Context:
 
         Raises:
             VerifierFailed: There is no verifier, or it gave no opinion on some candidate.
+            OutOfTime: The deadline passed before it had one: go without.
         """
         if self.verifier is None:
             raise VerifierFailed("this strategy needs a verifier and none was chosen")
-        verdicts = list(await self.verifier.judge(problem, candidates, self))
+        deadline = asyncio.timeout(self._patience)
+        try:
+            async with deadline:
+                verdicts = list(await self.verifier.judge(problem, candidates, self))
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self.fell_short("deadline")
+            raise OutOfTime("the deadline passed before the verifier had an opinion") from None
         if len(verdicts) != len(candidates):
             raise VerifierFailed(
                 f"verifier '{self.verifier.kind}' gave {len(verdicts)} verdicts "
@@ -160,7 +169,7 @@ class Context:
 
     @property
     def _patience(self) -> float | None:
-        """How long reading and comparing answers may take: hardly longer than the run."""
+        """How long reading, comparing and judging may take: hardly longer than the run."""
         left = self.budget.seconds_left
         return None if left is None else left + LATE_SECONDS
 
@@ -255,7 +264,7 @@ class Sampling:
         try:
             await self._watch.__aexit__(kind, error, trace)
             if self._running:
-                await self._ctx.engine.abort(self._running)
+                await self._ctx.engine.abort(tuple(self._running))
                 await self._arrivals.over(GRACE_SECONDS)
         finally:
             await self._arrivals.__aexit__(kind, error, trace)
@@ -327,7 +336,7 @@ class Sampling:
         self._late = True
         if self._running:
             self._ctx.fell_short("deadline")
-            await self._ctx.engine.abort(self._running)
+            await self._ctx.engine.abort(tuple(self._running))
 
     async def _sample(self, index: int) -> tuple[int, Candidate | None]:
         """One sequence from start to answer; what was spent is settled however it ends."""

@@ -27,6 +27,10 @@ class VerifierFailed(MullError):
     """
 
 
+class OutOfTime(MullError):
+    """The deadline passed; whoever asked makes do with what there is."""
+
+
 class EngineUnavailable(MullError):
     """The engine died or refuses work; the request may be tried again."""
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from strategies.core.budget import Limits
+from strategies.core.context import LATE_SECONDS
 from strategies.core.errors import EngineUnavailable, NoCandidate, VerifierFailed
 from strategies.core.events import (
     Aborted,
@@ -366,21 +367,23 @@ def test_same_seed_same_answer_however_fast_each_sample_is(
 
 @each
 @settings(deadline=None, max_examples=20)
-@given(story=slow_stories, quarters=st.integers(0, 40))
+@given(story=slow_stories, quarters=st.integers(0, 40), thinking=st.sampled_from([0.0, 3.0]))
 def test_the_deadline_is_kept_and_what_exists_by_then_is_the_answer(
-    strategy: Strategy, story: Story, quarters: int
+    strategy: Strategy, story: Story, quarters: int, thinking: float
 ):
     seconds = quarters / 4 + 0.1  # no token falls on it
+    late = LATE_SECONDS if thinking and strategy.judged_by() else 0.0
 
     async def main() -> None:
-        watched = Watched(strategy, story, Limits(seconds=seconds))
+        verifier = FakeVerifier(story.score, seconds=thinking)
+        watched = Watched(strategy, story, Limits(seconds=seconds), verifier=verifier)
         try:
             outcome = await watched.solve()
         except NoCandidate:
             assert watched.engine.tokens == 0
             assert watched.loop.time() == pytest.approx(seconds)
         else:
-            assert watched.loop.time() < seconds + 1e-6
+            assert watched.loop.time() < seconds + late + 1e-6
             if watched.loop.time() < seconds - 1e-6:
                 assert outcome.stopped != "deadline"
             else:  # what the deadline cut may still have decided
