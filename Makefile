@@ -11,7 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## install into .venv, for the GPU if there is one (MULL_DEVICE=cpu|gpu decides otherwise)
-	@scripts/install.sh
+	@scripts/install.sh dev finetune
 
 serve: install ## serve MODEL, or the embedded model; ARGS as for `vllm serve`
 	.venv/bin/mull serve $(MODEL) $(ARGS)
@@ -32,11 +32,8 @@ test: check ## everything that CI runs: check, then the tests
 bench: install ## measure; ARGS go to `python -m bench`
 	.venv/bin/python -m bench $(ARGS)
 
-tiny: install ## train the embedded model again, in two stages; resumes where it was stopped
-	.venv/bin/python -m finetune.tiny.train --out runs/mull-tiny/stage-1 --work runs/mull-tiny/1
-	.venv/bin/python -m finetune.tiny.train --init runs/mull-tiny/stage-1 --out models/mull-tiny \
-		--work runs/mull-tiny/2 --steps 400 --muon-rate 0.007 --adam-rate 7e-4 --warm-up 20 \
-		--decay 0.95 --curriculum 0 --seed 1
+tiny: install ## train the embedded model again; resumes where it was stopped
+	.venv/bin/python -m finetune.tiny.train --out models/mull-tiny
 
 clean: ## remove caches and builds, keep .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -21,7 +21,8 @@ from rich.table import Table
 from bench import bare
 from bench.serving import ask_all, bar, server
 from bench.stats import half_width, mean, median
-from finetune.tiny.problems import FAMILIES, Item, grade, test_set
+from finetune.tiny.problems import FAMILIES, exam, grade
+from finetune.tiny.solution import Item
 
 NS = (1, 4, 16, 32)
 
@@ -31,7 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    items = test_set(options.seed, options.problems)
+    items = exam(options.seed, options.problems)
     with server(options.url, options.path) as base:
         measured = asyncio.run(_measure(base, items, options))
     figures = {

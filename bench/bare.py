@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 
-from finetune.tiny.problems import Item, grade
+from finetune.tiny.problems import grade
+from finetune.tiny.solution import Item
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.vote import Tally
 

@@ -1,13 +1,19 @@
-"""What a model can do by itself: greedy, one sample, pass@k, majority@k, by difficulty.
+"""What a model can do by itself: greedy, one sample, pass@k, majority@k, best-of-k by likelihood.
 
-JSON keys: `temperatures` maps each temperature to `{family: {group: {problems, mean,
-mean_half_width, "pass@k", "majority@k"}}}`, `greedy` to `{family: {group: {problems, mean,
-mean_half_width}}}`; a group is "all" or a number of steps. Half widths are of 95 % intervals.
+And by a verifier adapter, with `--verifier`. JSON: `rows` has one object per temperature, family
+and number of steps, "all" for all of them: `problems`, then each measure as `[value, standard
+error over problems]`: `greedy`, `mean`, `pass@k`, `majority@k`, `likelihood@k`, `verifier@k`,
+differences of two as `a - b` with paired standard errors, and `likelihood auc`, `verifier auc`:
+of the scores of right and wrong lines of the same problem. Temperature 0 is greedy decoding.
 """
 
 import argparse
 import asyncio
 import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +22,82 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.serving import ask_all, bar, server
-from bench.stats import half_width, majority_at, mean, pass_at
-from finetune.tiny.problems import FAMILIES, Item, boxed, grade, test_set, value_of
+from bench.stats import auc, best_at, majority_at, mean, pass_at, standard_error
+from finetune.tiny.countdown import value_of
+from finetune.tiny.problems import FAMILIES, exam, grade
+from finetune.tiny.solution import Family, Item, boxed, judged
+from models import MULL_TINY
 
-KS = (1, 4, 16, 32)
+KS = (4, 8, 16, 32)
+DIFFERENCES = (
+    ("majority@16", "greedy"),
+    ("majority@16", "mean"),
+    ("likelihood@16", "majority@16"),
+    ("verifier@16", "majority@16"),
+    ("verifier@16", "likelihood@16"),
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """One solution; each of its lines is judged and scored."""
+
+    text: str
+    right: bool
+    answer: str | None
+    good: list[bool]
+    likelihood: list[float]
+    verifier: list[float] = field(default_factory=list)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=32, help="per problem and temperature")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.6, 0.8, 1.0])
+    parser.add_argument(
+        "--families", nargs="+", choices=("word", "countdown", "prices"), default=FAMILIES
+    )
+    parser.add_argument("--adapter", metavar="PATH", help="measure the model with this LoRA")
+    parser.add_argument(
+        "--verifier", metavar="PATH", help="score lines with this verifier LoRA, or `base`"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    items = test_set(options.seed, options.problems)
-    with server(options.url, options.path) as base:
-        figures = asyncio.run(_measure(base, items, options))
-    _show(figures)
+    items = exam(options.seed, options.problems, tuple(options.families))
+    started = time.monotonic()
+    flags: list[str] = []
+    if options.adapter:
+        options.model = "adapter"
+        flags = ["--enable-lora", "--lora-modules", f"adapter={options.adapter}"]
+    with server(options.url, options.path, flags) as base:
+        greedy, sampled = asyncio.run(_sample(base, items, options))
+    if options.verifier:
+        _verify(items, sampled, options)
+    rows = [
+        {"temperature": temperature, "family": family, "steps": steps}
+        | _measures([greedy[at] for at in chosen], [samples[at] for at in chosen])
+        for temperature, samples in sampled.items()
+        for family, steps, chosen in _groups(items)
+    ]
+    figures = {
+        "seed": options.seed,
+        "samples": options.samples,
+        "seconds": time.monotonic() - started,
+        "rows": rows,
+    }
+    _show(rows, options.samples)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-async def _measure(base: str, items: list[Item], options: argparse.Namespace) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "problems": len(items),
-        "samples": options.samples,
-        "seed": options.seed,
-    }
+async def _sample(
+    base: str, items: list[Item], options: argparse.Namespace
+) -> tuple[list[list[Sample]], dict[float, list[list[Sample]]]]:
+    """Greedy solutions, and `options.samples` at each temperature, for each item."""
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
 
-        def asking(temperature: float, n: int):
-            async def ask(item: Item) -> list[str]:
+        async def solve(temperature: float, n: int, label: str) -> list[list[Sample]]:
+            async def ask(item: Item) -> list[Sample]:
                 body = {
                     "model": options.model,
                     "messages": [{"role": "user", "content": item.prompt}],
@@ -53,102 +105,147 @@ async def _measure(base: str, items: list[Item], options: argparse.Namespace) ->
                     "n": n,
                     "max_tokens": 400,
                     "seed": options.seed,
+                    "logprobs": True,
+                    "top_logprobs": 0,
                 }
                 reply = await client.post("/v1/chat/completions", json=body)
                 reply.raise_for_status()
-                return [choice["message"]["content"] for choice in reply.json()["choices"]]
+                return [_read(item, choice) for choice in reply.json()["choices"]]
 
-            return ask
+            return await ask_all(
+                items, ask, clients=options.clients, progress=progress, label=label
+            )
 
         with bar() as progress:
-            greedy = await ask_all(
-                items, asking(0, 1), clients=options.clients, progress=progress, label="greedy"
-            )
-            figures["greedy"] = _grouped(items, greedy)
-            figures["temperatures"] = {}
-            for temperature in options.temperatures:
-                texts = await ask_all(
-                    items,
-                    asking(temperature, options.samples),
-                    clients=options.clients,
-                    progress=progress,
-                    label=f"{options.samples} samples at temperature {temperature}",
+            greedy = await solve(0, 1, "greedy")
+            sampled = {
+                temperature: await solve(
+                    temperature,
+                    options.samples,
+                    f"{options.samples} samples at temperature {temperature}",
                 )
-                figures["temperatures"][str(temperature)] = _grouped(items, texts)
-    return figures
+                for temperature in options.temperatures
+            }
+    return greedy, sampled
 
 
-def _grouped(items: list[Item], texts: list[list[str]]) -> dict[str, Any]:
-    grouped: dict[str, Any] = {}
-    for family in (*FAMILIES, "all"):
-        mine = [
-            (item, text)
-            for item, text in zip(items, texts, strict=True)
-            if family in (item.family, "all")
-        ]
-        depths = sorted({item.steps for item, _ in mine}) if family != "all" else []
-        grouped[family] = {"all": _figures(mine)} | {
-            str(depth): _figures([(item, text) for item, text in mine if item.steps == depth])
-            for depth in depths
-        }
-    return grouped
-
-
-def _figures(rows: list[tuple[Item, list[str]]]) -> dict[str, float]:
-    right = [[grade(item, text) for text in texts] for item, texts in rows]
-    answers = [[_key(item, text) for text in texts] for item, texts in rows]
-    shares = [mean(one) for one in right]
-    figures: dict[str, float] = {
-        "problems": len(rows),
-        "mean": mean(shares),
-        "mean_half_width": half_width(shares),
-    }
-    for k in KS:
-        if 1 < k <= len(right[0]):
-            figures[f"pass@{k}"] = mean([pass_at(k, len(one), sum(one)) for one in right])
-            figures[f"majority@{k}"] = mean(
-                [majority_at(k, answer, one) for answer, one in zip(answers, right, strict=True)]
-            )
-    return figures
+def _read(item: Item, choice: dict[str, Any]) -> Sample:
+    text = choice["message"]["content"]
+    lines = [0.0]
+    for token in choice["logprobs"]["content"]:
+        lines[-1] += token["logprob"]
+        if token["token"] == "\n":
+            lines.append(0.0)
+    good = [good for _, good in judged(item, text)]
+    return Sample(
+        text=text,
+        right=grade(item, text),
+        answer=_key(item, text),
+        good=good,
+        likelihood=[exp(line) for line in lines[: len(good)]],
+    )
 
 
 def _key(item: Item, text: str) -> str | None:
     """What a vote counts: the answer, or the value of a countdown expression."""
     answer = boxed(text)
-    if answer is None or item.family == "word":
+    if answer is None or item.family != "countdown":
         return answer
     value = value_of(answer)
     return answer if value is None else str(value)
 
 
-def _show(figures: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{figures['problems']} held-out problems, {figures['samples']} samples each"
-    )
-    for heading in (
-        "family",
-        "steps",
-        "problems",
-        "temperature",
-        "mean",
-        *(f"pass@{k}" for k in KS[1:]),
-    ):
+def _verify(
+    items: list[Item], sampled: dict[float, list[list[Sample]]], options: argparse.Namespace
+) -> None:
+    from finetune.tiny.verifier import Verifier  # torch and peft, which nothing else here needs
+
+    adapter = None if options.verifier == "base" else Path(options.verifier)
+    verifier = Verifier.load(Path(options.path or MULL_TINY), adapter)
+    with bar() as progress:
+        task = progress.add_task("verifying", total=len(items) * len(sampled))
+        for samples in sampled.values():
+            for item, of_item in zip(items, samples, strict=True):
+                scores = verifier.score([(item.prompt, sample.text) for sample in of_item])
+                for sample, lines in zip(of_item, scores, strict=True):
+                    sample.verifier = lines
+                progress.advance(task)
+
+
+def _groups(items: list[Item]) -> list[tuple[str, str, list[int]]]:
+    """Each family, by steps and as a whole; then everything."""
+    families: list[Family] = list(dict.fromkeys(item.family for item in items))
+    groups: list[tuple[str, str, list[int]]] = []
+    for family in families:
+        mine = [at for at, item in enumerate(items) if item.family == family]
+        groups.append((family, "all", mine))
+        for steps in sorted({items[at].steps for at in mine}):
+            groups.append((family, str(steps), [at for at in mine if items[at].steps == steps]))
+    return [*groups, ("all", "all", list(range(len(items))))]
+
+
+def _measures(greedy: list[list[Sample]], sampled: list[list[Sample]]) -> dict[str, Any]:
+    right = [[sample.right for sample in samples] for samples in sampled]
+    per_problem: dict[str, list[float]] = {
+        "greedy": [float(first.right) for (first,) in greedy],
+        "mean": [mean(one) for one in right],
+    }
+    scorers = ["likelihood", *(["verifier"] if sampled[0][0].verifier else [])]
+    for k in (k for k in KS if k <= len(right[0])):
+        per_problem[f"pass@{k}"] = [pass_at(k, len(one), sum(one)) for one in right]
+        per_problem[f"majority@{k}"] = [
+            majority_at(k, [sample.answer for sample in samples], one)
+            for samples, one in zip(sampled, right, strict=True)
+        ]
+        for scorer in scorers:
+            per_problem[f"{scorer}@{k}"] = [
+                best_at(k, [min(getattr(sample, scorer)) for sample in samples], one)
+                for samples, one in zip(sampled, right, strict=True)
+            ]
+    for one, other in DIFFERENCES:
+        if one in per_problem and other in per_problem:
+            pairs = zip(per_problem[one], per_problem[other], strict=True)
+            per_problem[f"{one} - {other}"] = [a - b for a, b in pairs]
+    for scorer in scorers:
+        areas = [_area(samples, scorer) for samples in sampled]
+        per_problem[f"{scorer} auc"] = [area for area in areas if area is not None]
+    return {"problems": len(sampled)} | {
+        name: [mean(values), standard_error(values)] if values else None
+        for name, values in per_problem.items()
+    }
+
+
+def _area(samples: list[Sample], scorer: str) -> float | None:
+    """How often a right line scores above a wrong one; None where all lines are alike."""
+    scores: list[float] = [score for sample in samples for score in getattr(sample, scorer)]
+    return auc(scores, [good for sample in samples for good in sample.good])
+
+
+def _show(rows: list[dict[str, Any]], samples: int) -> None:
+    names: Sequence[str] = [name for name in rows[-1] if isinstance(rows[-1][name], list)]
+    shown = [name for name in names if not name.endswith(("@4", "@8")) and " - " not in name]
+    console = Console(width=200)
+    table = Table(title=f"{samples} samples a problem; ± is one standard error over problems")
+    for heading in ("T", "family", "steps", "problems", *shown):
         table.add_column(heading, justify="right")
-    for k in KS[1:]:
-        table.add_column(f"majority@{k}", justify="right")
-    for temperature, grouped in (("greedy", figures["greedy"]), *figures["temperatures"].items()):
-        for family, groups in grouped.items():
-            for depth, row in groups.items():
-                table.add_row(
-                    family,
-                    depth,
-                    str(row["problems"]),
-                    temperature,
-                    f"{row['mean']:.3f} ± {row['mean_half_width']:.3f}",
-                    *(
-                        f"{row[f'{what}@{k}']:.3f}" if f"{what}@{k}" in row else ""
-                        for what in ("pass", "majority")
-                        for k in KS[1:]
-                    ),
-                )
-    Console(width=160).print(table)
+    for row in rows:
+        table.add_row(
+            *(str(row[name]) for name in ("temperature", "family", "steps", "problems")),
+            *(_with_error(row.get(name), ".3f") for name in shown),
+        )
+    console.print(table)
+    table = Table(title="Differences in points, paired by problem")
+    differences = [name for name in names if " - " in name]
+    for heading in ("T", "family", *differences):
+        table.add_column(heading, justify="right")
+    for row in (row for row in rows if row["steps"] == "all"):
+        table.add_row(
+            str(row["temperature"]),
+            row["family"],
+            *(_with_error([100 * part for part in row[name]], "+.1f") for name in differences),
+        )
+    console.print(table)
+
+
+def _with_error(pair: list[float] | None, spec: str) -> str:
+    return "" if pair is None else f"{pair[0]:{spec}} ± {pair[1]:{spec.lstrip('+')}}"

@@ -22,7 +22,8 @@ from rich.table import Table
 from bench.bare import Answered, search, vote
 from bench.serving import bar, server
 from bench.stats import median
-from finetune.tiny.problems import Item, test_set
+from finetune.tiny.problems import exam
+from finetune.tiny.solution import Item
 from strategies.core.answers import Answers
 from strategies.core.sandbox import Sandbox
 
@@ -38,7 +39,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    items = [item for item in test_set(options.seed, options.problems) if item.family == "word"]
+    items = [item for item in exam(options.seed, options.problems) if item.family == "word"]
     with server(options.url, options.path) as base:
         rows = asyncio.run(_measure(base, items, options))
     _show(rows)

@@ -21,15 +21,20 @@ Answered = TypeVar("Answered")
 
 
 @contextlib.contextmanager
-def server(url: str | None, path: str | None) -> Iterator[str]:
-    """The base URL of `url`, or of a server started for the purpose and ended after it."""
+def server(url: str | None, path: str | None, flags: Sequence[str] = ()) -> Iterator[str]:
+    """The base URL of `url`, or of a server started with `flags` and ended afterwards."""
     if url is not None:
         yield url.rstrip("/")
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "mull"), "serve", *([path] if path else [])]
+    command = [
+        str(Path(sys.executable).parent / "mull"),
+        "serve",
+        *([path] if path else []),
+        *flags,
+    ]
     if path:
         command += [
             "--served-model-name",

@@ -11,13 +11,18 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def half_width(values: Sequence[float]) -> float:
-    """Half of a 95 % interval of the mean."""
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean."""
     if len(values) < 2:
         return math.inf
     middle = mean(values)
     variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
-    return 1.96 * math.sqrt(variance / len(values))
+    return math.sqrt(variance / len(values))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of a 95 % interval of the mean."""
+    return 1.96 * standard_error(values)
 
 
 def median(values: Sequence[float]) -> float:
@@ -47,3 +52,34 @@ def majority_at(
             winner = votes.most_common(1)[0][0]
             hits += any(right[at] for at in drawn if answers[at] == winner)
     return hits / draws
+
+
+def best_at(k: int, scores: Sequence[float], right: Sequence[bool]) -> float:
+    """How often the best scored of k random samples is right, over all choices of k.
+
+    Of equal scores, the earlier sample counts as the better.
+    """
+    ranked = sorted(range(len(scores)), key=lambda at: (scores[at], -at))
+    hits = sum(comb(below, k - 1) for below, at in enumerate(ranked) if right[at])
+    return hits / comb(len(scores), k)
+
+
+def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
+    """The chance that a positive scores above a negative, a tie counting half.
+
+    None without both.
+    """
+    ups = sum(positive)
+    downs = len(positive) - ups
+    if not ups or not downs:
+        return None
+    order = sorted(range(len(scores)), key=lambda at: scores[at])
+    ranks, at = 0.0, 0
+    while at < len(order):
+        end = at
+        while end < len(order) and scores[order[end]] == scores[order[at]]:
+            end += 1
+        middle = (at + 1 + end) / 2
+        ranks += middle * sum(positive[order[place]] for place in range(at, end))
+        at = end
+    return (ranks - ups * (ups + 1) / 2) / (ups * downs)

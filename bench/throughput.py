@@ -24,7 +24,8 @@ from rich.table import Table
 from bench.bare import Answered, search, vote
 from bench.serving import ask_all, bar, server
 from bench.stats import half_width, mean, median
-from finetune.tiny.problems import FAMILIES, Item, test_set
+from finetune.tiny.problems import FAMILIES, exam
+from finetune.tiny.solution import Item
 from strategies.core.answers import Answers
 from strategies.core.sandbox import Sandbox
 
@@ -54,7 +55,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    items = test_set(options.seed, options.problems)
+    items = exam(options.seed, options.problems)
     with server(options.url, options.path) as base:
         rows = asyncio.run(_measure(base, items, options))
     _show(rows, options)

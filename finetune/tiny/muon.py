@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -23,7 +24,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.01,
         iterations: int = 5,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        """With several `ranks`, each orthogonalises its share and tells the others."""
         super().__init__(
             params,
             {
@@ -33,6 +37,7 @@ class Muon(torch.optim.Optimizer):
                 "iterations": iterations,
             },
         )
+        self.rank, self.ranks = rank, ranks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -40,17 +45,21 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
-            for weight in group["params"]:
+            for index, weight in enumerate(group["params"]):
                 momentum = self.state[weight].setdefault(
                     "momentum_buffer", torch.zeros_like(weight)
                 )
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(momentum, group["momentum"])  # Nesterov
-                direction = orthogonalised(update, group["iterations"])
+                owner = index % self.ranks
+                if owner == self.rank:
+                    update = orthogonalised(update, group["iterations"]).contiguous()
+                if self.ranks > 1:
+                    dist.broadcast(update, src=owner)
                 # A wide matrix keeps unit update size per output; a tall one needs more.
                 scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(direction, alpha=-group["lr"] * scale)
+                weight.add_(update, alpha=-group["lr"] * scale)
 
 
 def orthogonalised(matrix: torch.Tensor, iterations: int) -> torch.Tensor:

@@ -9,9 +9,11 @@ from itertools import islice
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.tiny.problems import INSTRUCTION, SYSTEM, training_items
+from finetune.tiny.problems import INSTRUCTION, SYSTEM, examples
 
 PAD, START, END = "<pad>", "<|im_start|>", "<|im_end|>"
+GOOD, BAD = "<|good|>", "<|bad|>"
+"""What a verifier says of a line."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -19,6 +21,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
 )
+
+ROLES = ("system", "user", "assistant", "verifier")
 
 # A word with its space, one digit, one newline, a run of signs with its space, other white space.
 _PIECES = Regex(r" ?[A-Za-z]+| ?[0-9]|\n|[ ]?[^\sA-Za-z0-9]+|\s")
@@ -39,26 +43,26 @@ def build(seed: int, *, vocabulary: int = 576, samples: int = 4000) -> PreTraine
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[PAD, START, END],
+        special_tokens=[PAD, START, END, GOOD, BAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [*SYSTEM, INSTRUCTION, "system\n", "user\n", "assistant\n"] * 20
-    for _, prompt, solution in islice(training_items(random.Random(f"tokenizer {seed}")), samples):
-        corpus += [prompt, solution]
+    corpus = [*SYSTEM, INSTRUCTION, *(f"{role}\n" for role in ROLES)] * 500
+    for example in islice(examples(random.Random(f"tokenizer {seed}")), samples):
+        corpus += [example.prompt, example.solution]
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
-        additional_special_tokens=[START],
+        additional_special_tokens=[START, GOOD, BAD],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
         model_max_length=1024,
     )
 
 
-def render(system: str | None, prompt: str) -> str:
+def render(system: str | None, prompt: str, role: str = "assistant") -> str:
     """What the chat template renders for one question; a test holds the two equal."""
     turn = f"{START}system\n{system}{END}\n" if system is not None else ""
-    return f"{turn}{START}user\n{prompt}{END}\n{START}assistant\n"
+    return f"{turn}{START}user\n{prompt}{END}\n{START}{role}\n"

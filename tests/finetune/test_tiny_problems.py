@@ -2,50 +2,112 @@
 
 import random
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.tiny import tokenizer as tokenizers
-from finetune.tiny.problems import (
-    SYSTEM,
-    apply,
-    draw,
-    grade,
-    moves,
-    solvable,
-    test_set,
-    training_items,
-    value_of,
-)
+from finetune.tiny import countdown, word
+from finetune.tiny.countdown import operations, solvable, value_of
+from finetune.tiny.problems import FAMILIES, Example, draw, exam, examples, grade
+from finetune.tiny.solution import Item, attempt, boxed, judged, solution
 
-test_set.__test__ = False  # a function of the product, not a test
+ALL = (*FAMILIES, "prices")
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    seed=st.integers(0, 10**9),
-    family=st.sampled_from(["word", "countdown"]),
-    held_out=st.booleans(),
-)
-def test_every_solution_is_right(seed, family, held_out):
-    item = draw(random.Random(seed), held_out=held_out, family=family)
-    assert grade(item, item.solution)
+@settings(deadline=None, max_examples=300)
+@given(seed=st.integers(0, 10**9), family=st.sampled_from(ALL), held_out=st.booleans())
+def test_every_solution_is_right_in_every_line(seed, family, held_out):
+    rng = random.Random(seed)
+    item = draw(rng, held_out=held_out, family=family)
     assert item.held_out == held_out
-    for line in item.solution.splitlines()[:-1]:
-        left, operator, right, result = (
-            line.split(": ")[1].split(" (left")[0].replace("=", "").split()
-        )
-        assert apply(int(left), operator, int(right)) == int(result)
+    for _ in range(3):
+        written = solution(item, rng)
+        assert grade(item, written)
+        assert all(good for _, good in judged(item, written))
+        for line in written.splitlines()[:-1]:
+            said = line.split(": ")[-1] if item.family != "countdown" else line.split(" (left")[0]
+            if "=" in said:
+                expression, result = said.split(" = ")
+                assert value_of(expression) == int(result)
+
+
+@settings(deadline=None, max_examples=300)
+@given(seed=st.integers(0, 10**9), family=st.sampled_from(ALL))
+def test_an_attempt_is_right_until_it_slips_and_never_again(seed, family):
+    rng = random.Random(seed)
+    item = draw(rng, held_out=False, family=family)
+    written = attempt(item, rng, slip=0.5)
+    verdicts = [good for _, good in judged(item, written)]
+    assert verdicts == sorted(verdicts, reverse=True)
+    if verdicts[-1]:
+        assert grade(item, written)
+
+
+def test_a_word_problem_has_many_right_solutions_that_share_little():
+    rng = random.Random(0)
+    different, shared = [], []
+    for _ in range(20):
+        item = draw(rng, held_out=False, family="word", steps=6)
+        solutions = {solution(item, rng) for _ in range(200)}
+        different.append(len(solutions))
+        results = [
+            {line.split(" = ")[1] for line in one.splitlines() if " = " in line}
+            for one in solutions
+        ]
+        shared += [len(a & b) / len(a | b) for a, b in pairwise(results)]
+    assert sum(different) / len(different) > 100
+    assert sum(shared) / len(shared) < 0.5
+
+
+def test_a_verdict_follows_the_walk_not_the_answer():
+    start = word.Sum(
+        (word.Fact("Tom", 1, 40), word.Fact("bags", 1, 12, 3), word.Fact("shop", -1, 9))
+    )
+    item = draw(random.Random(0), held_out=False, family="word")
+    item = type(item)(family="word", steps=3, prompt="", answer="67", identity="", start=start)
+    right = "Tom: 40\nbags: 12 * 3 = 36\nbags: 40 + 36 = 76\nshop: 76 - 9 = 67\n"
+    assert [good for _, good in judged(item, right + "Answer: \\boxed{67}")] == [True] * 5
+    split = "bags: 10 * 3 = 30\nbags: 2 * 3 = 6\nbags: 30 + 6 = 36\nshop: 36 - 9 = 27\n"
+    assert all(good for _, good in judged(item, split + "Tom: 27 + 40 = 67\nAnswer: \\boxed{67}"))
+    for wrong, first in (
+        ("Tom: 40\nTom: 40 + 40 = 80", 1),  # a fact taken twice
+        ("Tom: 40\nshop: 40 - 9 = 32", 1),  # wrong arithmetic
+        ("Tom: 40\nshop: 40 + 9 = 49", 1),  # the wrong sign
+        ("Tom: 40\nAnswer: \\boxed{67}", 1),  # unfinished, though the answer is right
+        (right + "Answer: \\boxed{76}", 4),
+        (right + "Answer: \\boxed{67}\nAnswer: \\boxed{67}", None),
+    ):
+        verdicts = [good for _, good in judged(item, wrong)]
+        if first is not None:
+            assert verdicts.index(False) == first, wrong
+
+
+def test_a_countdown_line_is_good_while_the_target_can_be_reached():
+    item = Item(
+        family="countdown",
+        steps=2,
+        prompt="",
+        answer="14",
+        identity="",
+        start=countdown.Numbers(14, (2, 3, 4), ("2", "3", "4")),
+        numbers=(4, 3, 2),
+        target=14,
+    )
+    good = "4 * 3 = 12 (left: 2, 12)\n12 + 2 = 14 (left: 14)\nAnswer: \\boxed{(4 * 3) + 2}"
+    assert all(verdict for _, verdict in judged(item, good))
+    lost = "4 + 3 = 7 (left: 2, 7)\n7 + 2 = 9 (left: 9)\nAnswer: \\boxed{(4 + 3) + 2}"
+    assert [verdict for _, verdict in judged(item, lost)] == [True, False, False]
 
 
 def test_training_and_test_are_disjoint_by_what_makes_a_problem_the_same():
-    tested = {item.identity for seed in range(3) for item in test_set(seed, 100)}
+    tested = {item.identity for seed in range(3) for item in exam(seed, 100, ALL)}
     rng = random.Random(5)
-    trained = {draw(rng, held_out=False).identity for _ in range(20_000)}
-    assert len(tested) > 500
+    trained = {
+        draw(rng, held_out=False, family=family).identity for family in ALL for _ in range(7000)
+    }
+    assert len(tested) > 700
     assert not tested & trained
     assert all(draw(rng, held_out=True).held_out for _ in range(200))
 
@@ -53,38 +115,54 @@ def test_training_and_test_are_disjoint_by_what_makes_a_problem_the_same():
 def test_other_words_or_another_order_are_the_same_problem():
     rng = random.Random(1)
     seen: dict[str, bool] = {}
-    for _ in range(3000):
-        item = draw(rng, held_out=rng.random() < 0.5, steps=2)
+    for _ in range(6000):
+        item = draw(rng, held_out=rng.random() < 0.5, family="word", steps=1)
         assert seen.setdefault(item.identity, item.held_out) == item.held_out
-    assert len(seen) < 3000  # the same problem did come back in other words
+    assert len(seen) < 6000  # the same problem did come back in other words
 
 
-def test_test_sets_are_repeatable_distinct_and_balanced():
-    once, again = test_set(0, 96), test_set(0, 96)
+def test_pretraining_never_sees_the_domain_that_is_kept_for_adapters():
+    prompts = [example.prompt for example in islice(examples(random.Random(0)), 2000)]
+    assert not any("price" in prompt or "cost" in prompt for prompt in prompts)
+
+
+def test_exams_are_repeatable_distinct_and_balanced():
+    once, again = exam(0, 96), exam(0, 96)
     assert once == again
     assert len({item.identity for item in once}) == 192
-    assert {item.steps for item in once if item.family == "word"} == set(range(1, 9))
-    three = [item for item in once if item.family == "countdown" and item.steps == 2]
-    assert len(three) == 32
+    depths = [item.steps for item in once if item.family == "word"]
+    assert {depths.count(steps) for steps in word.STEPS} == {12}
+    assert sum(item.steps == 2 for item in once if item.family == "countdown") == 48
 
 
-def test_training_items_are_seeded():
-    first, second = (list(islice(training_items(random.Random(3)), 20)) for _ in range(2))
+def test_training_examples_are_seeded():
+    first, second = (list(islice(examples(random.Random(3), verified=0.3), 40)) for _ in range(2))
     assert first == second
+    shares = [
+        example.good is not None
+        for example in islice(examples(random.Random(4), verified=0.3), 2000)
+    ]
+    assert 0.25 < sum(shares) / len(shares) < 0.35
+
+
+def test_attempts_to_judge_are_right_about_half_of_the_time():
+    for family in ALL:
+        drawn = examples(random.Random(5), verified=1.0, families=(family,))
+        good = [all(example.good or ()) for example in islice(drawn, 1000)]
+        assert 0.25 < sum(good) / len(good) < 0.75, family
 
 
 @given(st.lists(st.integers(0, 199), min_size=2, max_size=4))
-def test_moves_keep_their_promises(numbers):
-    state = tuple(sorted(numbers))
-    for left, operator, right, after in moves(state):
+def test_operations_keep_their_promises(numbers):
+    ordered = tuple(sorted(numbers))
+    for left, operator, right, result, after in operations(ordered):
         assert left >= right
-        assert len(after) == len(state) - 1
-        assert apply(left, operator, right) in after
-        if operator == "/":
-            assert left % right == 0
-    if len(state) == 2:
-        for _, _, _, (result,) in moves(state):
-            assert solvable(state, result)
+        assert len(after) == len(ordered) - 1
+        assert result in after
+        assert value_of(f"{left} {operator} {right}") == result
+    if len(ordered) == 2:
+        for *_, (result,) in operations(ordered):
+            assert solvable(ordered, result)
 
 
 @pytest.mark.parametrize(
@@ -104,19 +182,13 @@ def test_value_of_is_arithmetic_only(expression, value):
 
 def test_grading_refuses_wrong_numbers_and_missing_boxes():
     item = draw(random.Random(2), held_out=True, family="countdown", steps=2)
+    expression = boxed(solution(item, random.Random(0)))
     assert not grade(item, f"\\boxed{{{item.target}}}")
-    assert not grade(item, item.answer)
-    assert grade(item, f"first \\boxed{{1}} then \\boxed{{{item.answer}}}")
+    assert not grade(item, str(expression))
+    assert grade(item, f"first \\boxed{{1}} then \\boxed{{{expression}}}")
 
 
-def test_the_chat_template_renders_what_training_saw():
-    tokenizer = tokenizers.build(0, samples=200)
-    for system in (None, SYSTEM[0]):
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": "Tom has 5 apples."})
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        assert isinstance(rendered, str)
-        assert rendered == tokenizers.render(system, "Tom has 5 apples.")
-        assert tokenizer.decode(tokenizer(rendered).input_ids) == rendered
-    assert len(tokenizer("\n").input_ids) == 1
-    assert len(tokenizer("123").input_ids) == 3
+def test_a_judged_example_has_one_verdict_per_line():
+    item = draw(random.Random(3), held_out=False, family="word", steps=4)
+    example = Example.judging(item, "nonsense\n\nAnswer: \\boxed{1}")
+    assert example.good == (False, False, False)

@@ -12,7 +12,8 @@ from strategies.registry import STRATEGIES
 
 CHAT = "/v1/chat/completions"
 QUESTIONS = [
-    f"Tom has {a} apples. He finds {b} more. He gives {c} to Ann. How many does Tom have now?"
+    f"Tom has {a} apples. At the park he finds {b}. Ann gets {c} from him. "
+    "How many apples does Tom have now?"
     for a, b, c in [(12, 7, 4), (31, 28, 17), (5, 9, 3), (44, 38, 29)]
 ] + ["Use the numbers 3, 5, 2 with + - * / to make 16. Use each number once."]
 

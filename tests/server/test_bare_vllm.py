@@ -26,7 +26,7 @@ FLAGS = [
 MESSAGES = [
     {
         "role": "user",
-        "content": "Tom has 12 apples. He finds 7 more. How many apples does Tom have now?",
+        "content": "Tom has 12 apples. At the park he finds 7. How many apples does Tom have now?",
     }
 ]
 

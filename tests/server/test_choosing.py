@@ -19,7 +19,10 @@ CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {
     "model": "mull-tiny",
     "messages": [
-        {"role": "user", "content": "Tom has 12 apples. He finds 7 more. How many has he now?"}
+        {
+            "role": "user",
+            "content": "Tom has 12 apples. Mia gives him 7. How many has he now?",
+        }
     ],
     "max_tokens": 120,
     "seed": 7,

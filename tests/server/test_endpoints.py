@@ -8,7 +8,8 @@ import openai
 import pytest
 
 QUESTION = (
-    "Tom has 12 apples. He finds 7 more. He gives 4 to Ann. How many apples does Tom have now?"
+    "Tom has 12 apples. At the park he finds 7. Ann gets 4 from him. "
+    "How many apples does Tom have now?"
 )
 PROMPT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 STRATEGY = {"strategy": {"kind": "self_consistency", "n": 5, "early_stop": "never"}}

@@ -1,0 +1,167 @@
+"""A solution is a walk: lines that lead from the facts of a problem to its answer.
+
+A family of problems says which lines may come next. Everything else follows from that: right
+solutions are random walks, wrong ones are walks with a slip, and a written solution is judged by
+walking along it.
+"""
+
+import random
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["word", "countdown", "prices"]
+
+HELD_OUT = 10
+"""One problem in this many is kept for testing, by a hash of what makes it the same problem."""
+
+SLIP = 0.5
+"""Of the lines that go wrong in an `attempt`, the share that miscalculates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One line and where it leads: `after` takes the result, which may be a wrong one."""
+
+    text: str
+    result: int
+    after: Callable[[int], "Walk"]
+    weight: float = 1.0
+    """How likely it is to be chosen, relative to its siblings."""
+
+    def line(self, result: int | None = None) -> str:
+        value = self.result if result is None else result
+        return f"{self.text}{value}{self.after(value).remark()}"
+
+
+class Walk(ABC):
+    """A place on the way from a problem to its answer."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def moves(self) -> Iterator[Move]:
+        """The lines that may come next, with right arithmetic."""
+
+    def mistakes(self) -> Iterator[Move]:
+        """Lines with right arithmetic that misread the problem."""
+        yield from ()
+
+    def hopeful(self) -> bool:
+        """Whether the right answer can still be reached from here."""
+        return True
+
+    @abstractmethod
+    def finished(self) -> str | None:
+        """The answer, once nothing is left to do."""
+
+    @abstractmethod
+    def abandoned(self) -> str:
+        """What someone would answer who stops here."""
+
+    def remark(self) -> str:
+        """What a line that leads here says after its result."""
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """A problem, its answer, and where its solutions start.
+
+    `identity` is equal for two items that are the same problem.
+    """
+
+    family: Family
+    steps: int
+    prompt: str
+    answer: str
+    identity: str
+    start: Walk
+    numbers: tuple[int, ...] = ()
+    target: int | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it belongs to the test side; training never draws such an item."""
+        return zlib.crc32(self.identity.encode()) % HELD_OUT == 0
+
+
+def answered(answer: str) -> str:
+    """The last line of a solution."""
+    return f"Answer: \\boxed{{{answer}}}"
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{}` without inner braces."""
+    found = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    return found[-1].strip() if found else None
+
+
+def solution(item: Item, rng: random.Random) -> str:
+    """One of the right solutions, at random."""
+    return attempt(item, rng, slip=0)
+
+
+def attempt(item: Item, rng: random.Random, *, slip: float) -> str:
+    """A solution that may go wrong.
+
+    Each line goes wrong with probability `slip`; after the first that does, the rest follows from
+    it in good faith, as a model goes on from its own slip.
+    """
+    at, good, lines = item.start, True, list[str]()
+    while (answer := at.finished()) is None:
+        slips = good and rng.random() < slip
+        moves = list(at.moves())
+        if slips:
+            good = False
+            moves += at.mistakes()
+        elif good:
+            moves = [move for move in moves if move.after(move.result).hopeful()]
+        if not moves or (slips and rng.random() < 0.1):
+            answer = at.abandoned()
+            break
+        move = rng.choices(moves, [move.weight for move in moves])[0]
+        value = _near(rng, move.result) if slips and rng.random() < SLIP else move.result
+        lines.append(move.line(value))
+        at = move.after(value)
+    if good and rng.random() < slip / 2:
+        answer = _misspelt(rng, answer)
+    return "\n".join([*lines, answered(answer)])
+
+
+def judged(item: Item, text: str) -> list[tuple[str, bool]]:
+    """Each line of a written solution, and whether all is right so far.
+
+    A right answer after a wrong line is still wrong: it was not reached.
+    """
+    at, good, judgement = item.start, True, list[tuple[str, bool]]()
+    for line in text.split("\n"):
+        answer = at.finished()
+        if good and answer is not None:
+            good = line == answered(answer)
+        elif good:
+            move = next((move for move in at.moves() if move.line() == line), None)
+            good = move is not None and (at := move.after(move.result)).hopeful()
+        judgement.append((line, good))
+    return judgement
+
+
+def _near(rng: random.Random, value: int) -> int:
+    """A wrong result as models write them: one digit off, or a carry forgotten."""
+    while True:
+        if rng.random() < 0.5:
+            wrong = value + rng.choice((-100, -20, -10, -10, -2, -1, 1, 2, 10, 10, 20, 100))
+        else:
+            wrong = int(_misspelt(rng, str(value)))
+        if wrong >= 0 and wrong != value:
+            return wrong
+
+
+def _misspelt(rng: random.Random, answer: str) -> str:
+    """The answer with one digit changed."""
+    at = rng.choice([at for at, letter in enumerate(answer) if letter.isdigit()])
+    digit = rng.choice([digit for digit in "0123456789" if digit != answer[at]])
+    return answer[:at] + digit + answer[at + 1 :]

@@ -1,0 +1,98 @@
+"""Tokens, rows, Muon over processes, and a training that goes on where it was stopped."""
+
+import random
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.tiny import loop, train
+from finetune.tiny import tokenizer as tokenizers
+from finetune.tiny.muon import orthogonalised
+from finetune.tiny.problems import SYSTEM, examples
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.build(0, samples=300)
+
+
+def test_the_chat_template_renders_what_training_saw(tokenizer):
+    for system in (None, SYSTEM[0]):
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": "Tom has 5 apples."})
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert isinstance(rendered, str)
+        assert rendered == tokenizers.render(system, "Tom has 5 apples.")
+        assert tokenizer.decode(tokenizer(rendered).input_ids) == rendered
+    assert len(tokenizer("\n").input_ids) == 1
+    assert len(tokenizer("123").input_ids) == 3
+
+
+def test_an_imitated_row_teaches_the_solution_and_its_end(tokenizer):
+    example = next(examples(random.Random(0)))
+    row = loop.imitated(tokenizer, example)
+    taught = [token for token in row.follows if token != loop.IGNORED]
+    assert tokenizer.decode(taught) == example.solution + tokenizers.END
+    for at, token in enumerate(row.follows):
+        if token != loop.IGNORED:
+            assert row.ids[at + 1] == token
+
+
+def test_a_judged_row_has_a_verdict_at_the_end_of_each_line(tokenizer):
+    for example in islice(examples(random.Random(1), verified=1.0), 50):
+        row = loop.judged(tokenizer, example, role="verifier", weight=4.0)
+        good, bad = loop.verdicts(tokenizer)
+        told = [
+            (token, tokenizer.decode(row.ids[: at + 1]))
+            for at, token in enumerate(row.follows)
+            if token != loop.IGNORED
+        ]
+        lines = example.solution.split("\n")
+        assert [token == good for token, _ in told] == list(example.good or ())
+        assert {token for token, _ in told} <= {good, bad}
+        for number, (_, before) in enumerate(told, 1):
+            so_far = "\n".join(lines[:number])
+            assert before.endswith(so_far + ("\n" if number < len(lines) else tokenizers.END))
+
+
+def test_batches_go_on_from_any_step(tokenizer):
+    def rows(pool: int):
+        for example in examples(random.Random(pool)):
+            yield loop.imitated(tokenizer, example)
+
+    def batches(start: int):
+        return loop.pooled(rows, batch=3, pad=0, seed="x", start=start)
+
+    whole = list(islice(batches(0), 30))
+    late = list(islice(batches(17), 13))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[17:], late, strict=True))
+
+
+def test_orthogonalised_directions_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((32, 64), (64, 32), (48, 48)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape), 5))
+        assert values.min() > 0.3
+        assert values.max() < 1.4
+
+
+def trained(work: Path, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights after four tiny steps with a checkpoint at the third."""
+    recipe = train.Recipe(
+        steps=4, batch=2, hidden=32, layers=1, intermediate=32, heads=1, seed=seed
+    )
+    train.run(recipe, work / "out", work, 3)
+    return load_file(work / "out" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_and_ends_with_the_same_weights(tmp_path):
+    whole = trained(tmp_path)
+    again = trained(tmp_path)  # from the checkpoint
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    with pytest.raises(SystemExit, match="another recipe"):
+        trained(tmp_path, seed=1)
