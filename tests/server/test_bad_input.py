@@ -15,9 +15,7 @@ from schemathesis import GenerationMode
 CHAT, NATIVE = "/v1/chat/completions", "/v1/strategies/self_consistency"
 BODY: dict[str, Any] = {
     "model": "mull-tiny",
-    "messages": [
-        {"role": "user", "content": "Tom has 5 apples. Mia gives him 3. How many?"}
-    ],
+    "messages": [{"role": "user", "content": "Tom has 5 apples. Mia gives him 3. How many?"}],
     "max_tokens": 20,
 }
 VOTE = {"strategy": {"kind": "self_consistency", "n": 2}}

@@ -17,9 +17,7 @@ ROWS: dict[str, tuple[str, Any]] = {
 }
 BODY: dict[str, Any] = {
     "model": "mull-tiny",
-    "messages": [
-        {"role": "user", "content": "Tom has 5 apples. Mia gives him 3. How many?"}
-    ],
+    "messages": [{"role": "user", "content": "Tom has 5 apples. Mia gives him 3. How many?"}],
     "max_tokens": 12,
     "seed": 1,
     "strategy": {"kind": "best_of_n", "n": 3},
