@@ -4,7 +4,7 @@ And by a verifier adapter, with `--verifier`. JSON: `rows` has one object per te
 and number of steps, "all" for all of them: `problems`, then each measure as `[value, standard
 error over problems]`: `greedy`, `mean`, `pass@k`, `majority@k`, `likelihood@k`, `verifier@k`,
 differences of two as `a - b` with paired standard errors, and `likelihood auc`, `verifier auc`:
-of the scores of right and wrong lines of the same problem. Temperature 0 is greedy decoding.
+of the scores of right and wrong lines of the same problem.
 """
 
 import argparse
@@ -66,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
     items = exam(options.seed, options.problems, tuple(options.families))
     started = time.monotonic()
     flags: list[str] = []
+    if options.adapter and options.url:
+        raise SystemExit("--adapter starts a server with it; a running --url takes its --model")
     if options.adapter:
         options.model = "adapter"
         flags = ["--enable-lora", "--lora-modules", f"adapter={options.adapter}"]

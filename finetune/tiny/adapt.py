@@ -56,13 +56,7 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--model", type=Path, default=MULL_TINY, help="default %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="where the adapter goes")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(value),
-            default=value,
-            help="default %(default)s",
-        )
+    loop.flags(parser, asdict(Recipe()))
     options = vars(parser.parse_args())
     kind, model, out = options.pop("kind"), options.pop("model"), options.pop("out")
     recipe = Recipe(**options)

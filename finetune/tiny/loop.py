@@ -4,6 +4,7 @@ One process a core (gloo), one thread each, float32: on two cores that makes som
 tokens of one process with two threads.
 """
 
+import argparse
 import os
 import random
 import signal
@@ -53,6 +54,17 @@ class Done:
     seconds: float = 0.0
     loss: float = 0.0
     """Smoothed over some twenty steps."""
+
+
+def flags(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -> None:
+    """One flag for each field of a recipe, with its value as the default."""
+    for name, value in recipe.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(value),
+            default=value,
+            help="default %(default)s",
+        )
 
 
 def processes(work: Callable[..., None], count: int, *arguments: object) -> None:
@@ -220,6 +232,6 @@ def padded(rows: Sequence[Row], pad: int) -> Batch:
     return inputs, follows, weights
 
 
-def adamw(weights: Sequence[torch.nn.Parameter], rate: float, **options: Any) -> torch.optim.AdamW:
+def adamw(weights: Sequence[torch.nn.Parameter], rate: float) -> torch.optim.AdamW:
     """AdamW without decay, as everything here uses it."""
-    return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, **options)
+    return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)

@@ -26,8 +26,8 @@ from finetune.tiny.problems import examples
 class Recipe:
     """Everything that decides the weights."""
 
-    steps: int = 1700
-    batch: int = 24
+    steps: int = 1900
+    batch: int = 16
     seed: int = 0
     hidden: int = 256
     layers: int = 5
@@ -37,7 +37,7 @@ class Recipe:
     adam_rate: float = 2e-3
     warm_up: int = 30
     curriculum: int = 0
-    decay: float = 0.5
+    decay: float = 0.6
     temperature: float = 0.8
     processes: int = 2
     verified: float = 0.12
@@ -56,13 +56,7 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/mull-tiny"), help="where checkpoints go"
     )
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(value),
-            default=value,
-            help="default %(default)s",
-        )
+    loop.flags(parser, asdict(Recipe()))
     options = vars(parser.parse_args())
     out, work, save_every = options.pop("out"), options.pop("work"), options.pop("save_every")
     run(Recipe(**options), out, work, save_every)

@@ -62,13 +62,16 @@ def test_calls_vote_by_name_and_arguments(served, choice: Any, stream: bool):
             for call in json.loads(answer):
                 assert call["name"] == "pick"
                 assert call["arguments"]["n"] in (1, 2)
-        arguments = [
-            json.loads(call["function"]["arguments"])
-            for call in whole["choices"][0]["message"]["tool_calls"]
+        calls = [call["function"] for call in whole["choices"][0]["message"]["tool_calls"]]
+        arguments = [json.loads(call["arguments"]) for call in calls]
+        spelled = [
+            {"name": call["name"], "arguments": given}
+            for call, given in zip(calls, arguments, strict=True)
         ]
         most = json.loads(max(votes, key=lambda answer: votes[answer]))
-        one_spelling = sorted(arguments, key=json.dumps)
-        assert one_spelling == sorted((call["arguments"] for call in most), key=json.dumps)
+        assert sorted(spelled, key=str) == sorted(
+            ({"name": call["name"], "arguments": call["arguments"]} for call in most), key=str
+        )
         if stream:
             text = client.post("/v1/chat/completions", json=body | {"stream": True}).text
             chunks = [json.loads(line[6:]) for line in text.splitlines() if line[:7] == "data: {"]
