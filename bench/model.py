@@ -1,10 +1,13 @@
 """What a model can do by itself: greedy, one sample, pass@k, majority@k, best-of-k by likelihood.
 
-And by a verifier adapter, with `--verifier`. JSON: `rows` has one object per temperature, family
-and number of steps, "all" for all of them: `problems`, then each measure as `[value, standard
-error over problems]`: `greedy`, `mean`, `pass@k`, `majority@k`, `likelihood@k`, `verifier@k`,
-differences of two as `a - b` with paired standard errors, and `likelihood auc`, `verifier auc`:
-of the scores of right and wrong lines of the same problem.
+And by a verifier adapter, with `--verifier`. A line's likelihood is its probability, and a
+solution is worth its worst line. JSON: `rows` has one object per temperature, family and number of
+steps, "all" for all of them: `problems`, then each measure as `[value, standard error over
+problems]`: `greedy`, `mean`, `pass@k`, `majority@k`, `likelihood@k`, `verifier@k`, differences of
+two as `a - b` with paired standard errors, and areas under the curve within a problem, over the
+problems that have both kinds: `likelihood auc` and `verifier auc` of right lines against wrong
+ones, `… auc of solutions` of right solutions against wrong ones, and `position auc`, what a line's
+place alone tells, as wrong lines come late.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -96,17 +100,19 @@ async def _sample(
     base: str, items: list[Item], options: argparse.Namespace
 ) -> tuple[list[list[Sample]], dict[float, list[list[Sample]]]]:
     """Greedy solutions, and `options.samples` at each temperature, for each item."""
+    places = {item.identity: at for at, item in enumerate(items)}
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
 
         async def solve(temperature: float, n: int, label: str) -> list[list[Sample]]:
             async def ask(item: Item) -> list[Sample]:
+                seed = options.seed + 1000 * places[item.identity]  # no two problems share noise
                 body = {
                     "model": options.model,
                     "messages": [{"role": "user", "content": item.prompt}],
                     "temperature": temperature,
                     "n": n,
                     "max_tokens": 400,
-                    "seed": options.seed,
+                    "seed": seed,
                     "logprobs": True,
                     "top_logprobs": 0,
                 }
@@ -208,11 +214,18 @@ def _measures(greedy: list[list[Sample]], sampled: list[list[Sample]]) -> dict[s
         if one in per_problem and other in per_problem:
             pairs = zip(per_problem[one], per_problem[other], strict=True)
             per_problem[f"{one} - {other}"] = [a - b for a, b in pairs]
-    for scorer in scorers:
-        areas = [_area(samples, scorer) for samples in sampled]
-        per_problem[f"{scorer} auc"] = [area for area in areas if area is not None]
+    for name, area in [
+        ("position auc", _position_area),
+        *((f"{scorer} auc", partial(_area, scorer=scorer)) for scorer in scorers),
+        *(
+            (f"{scorer} auc of solutions", partial(_whole_area, scorer=scorer))
+            for scorer in scorers
+        ),
+    ]:
+        areas = [area(samples) for samples in sampled]
+        per_problem[name] = [one for one in areas if one is not None]
     return {"problems": len(sampled)} | {
-        name: [mean(values), standard_error(values)] if values else None
+        name: [mean(values), standard_error(values)] if len(values) > 1 else None
         for name, values in per_problem.items()
     }
 
@@ -221,6 +234,17 @@ def _area(samples: list[Sample], scorer: str) -> float | None:
     """How often a right line scores above a wrong one; None where all lines are alike."""
     scores: list[float] = [score for sample in samples for score in getattr(sample, scorer)]
     return auc(scores, [good for sample in samples for good in sample.good])
+
+
+def _position_area(samples: list[Sample]) -> float | None:
+    places = [-float(at) for sample in samples for at in range(len(sample.good))]
+    return auc(places, [good for sample in samples for good in sample.good])
+
+
+def _whole_area(samples: list[Sample], scorer: str) -> float | None:
+    """How often a right solution scores above a wrong one; None where all are alike."""
+    scores = [min(getattr(sample, scorer)) for sample in samples]
+    return auc(scores, [sample.right for sample in samples])
 
 
 def _show(rows: list[dict[str, Any]], samples: int) -> None:

@@ -12,7 +12,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean."""
+    """Of the mean; infinite for a single value."""
     if len(values) < 2:
         return math.inf
     middle = mean(values)
@@ -39,9 +39,9 @@ def pass_at(k: int, samples: int, right: int) -> float:
 def majority_at(
     k: int, answers: Sequence[str | None], right: Sequence[bool], *, draws: int = 40
 ) -> float:
-    """How often the most frequent of k random samples is right.
+    """How often a vote of k random samples is right.
 
-    Ties go to the first drawn.
+    Its answer is the first drawn of those that say what most say; ties go to the first drawn.
     """
     rng = random.Random(k)
     hits = 0
@@ -50,7 +50,7 @@ def majority_at(
         votes = Counter(answers[at] for at in drawn if answers[at] is not None)
         if votes:
             winner = votes.most_common(1)[0][0]
-            hits += any(right[at] for at in drawn if answers[at] == winner)
+            hits += next(right[at] for at in drawn if answers[at] == winner)
     return hits / draws
 
 

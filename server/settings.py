@@ -120,6 +120,9 @@ def prepare_vllm(*, cpu: bool, single_worker: bool) -> None:
         "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1"
     )  # the launcher replaces a dead engine
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Longer than clients and proxies keep an idle connection: else one is sometimes closed under a
+    # request that is on its way, as with vLLM's 5 s, which are httpx's, too.
+    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
     if cpu and single_worker:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))

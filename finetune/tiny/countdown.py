@@ -7,13 +7,13 @@ operand first, nothing above `LARGEST`.
 import ast
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 
-from finetune.tiny.solution import Item, Move, Walk
+from finetune.tiny.solution import Item, Move, Walk, answered, boxed
 
 LARGEST = 199
 
@@ -46,6 +46,13 @@ class Numbers(Walk):
     def finished(self) -> str | None:
         return self.written[0] if len(self.values) == 1 else None
 
+    def concluded(self, line: str) -> bool:
+        """However the expression is written."""
+        answer = boxed(line) or ""
+        return line == answered(answer) and reaches(
+            answer, self.target, numbers_in(self.written[0])
+        )
+
     def abandoned(self) -> str:
         return " + ".join(_operand(written) for written in self.written)
 
@@ -66,7 +73,7 @@ class Numbers(Walk):
 def problem(rng: random.Random, steps: int) -> Item:
     """Numbers and a target that can be reached from them; the same in another order is the same."""
     while True:
-        numbers = tuple(rng.randint(1, 10) for _ in range(steps + 1))
+        numbers = tuple(rng.randint(1, 12) for _ in range(steps + 1))
         target = 24 if steps == 3 and rng.random() < 0.5 else rng.randint(10, 60)
         ordered = tuple(sorted(numbers))
         if solvable(ordered, target):
@@ -107,6 +114,17 @@ def solvable(numbers: tuple[int, ...], target: int) -> bool:
     if len(numbers) == 1:
         return numbers[0] == target
     return any(solvable(operation[4], target) for operation in operations(numbers))
+
+
+def reaches(expression: str, target: int, numbers: Sequence[int]) -> bool:
+    """Whether it is worth the target and uses each number exactly once."""
+    used = numbers_in(expression)
+    return sorted(used) == sorted(numbers) and value_of(expression) == target
+
+
+def numbers_in(expression: str) -> list[int]:
+    """As they stand in it."""
+    return [int(number) for number in re.findall("[0-9]+", expression)]
 
 
 def value_of(expression: str) -> Fraction | None:

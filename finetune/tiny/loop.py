@@ -83,7 +83,7 @@ def processes(work: Callable[..., None], count: int, *arguments: object) -> None
 def _process(
     rank: int, work: Callable[..., None], count: int, port: int, arguments: tuple[object, ...]
 ) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count))
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count
     )

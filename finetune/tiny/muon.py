@@ -46,9 +46,10 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
             for index, weight in enumerate(group["params"]):
-                momentum = self.state[weight].setdefault(
-                    "momentum_buffer", torch.zeros_like(weight)
-                )
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(momentum, group["momentum"])  # Nesterov
                 owner = index % self.ranks

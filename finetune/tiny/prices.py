@@ -43,10 +43,10 @@ class Price(Walk):
 
 
 def problem(rng: random.Random, steps: int) -> Item:
-    """The same numbers with other things to buy are the same problem."""
+    """The same numbers with other things to buy, or with a note to pay, are the same problem."""
     thing = rng.choice(_THINGS)
     have, want = rng.sample(range(2, 13), 2)
-    one = rng.randint(2, 40)
+    one = rng.randint(2, 60)
     note = None
     asked = f"How much do {want} {thing} cost?"
     if steps == 3:
@@ -58,6 +58,6 @@ def problem(rng: random.Random, steps: int) -> Item:
         steps=steps,
         prompt=f"The price of {have} {thing} is {have * one}. {asked}",
         answer=str(answer),
-        identity=f"{have} for {have * one}, {want}, {note}",
+        identity=f"{have} for {have * one}, {want}",
         start=Price(have, have * one, want, note),
     )

@@ -4,12 +4,11 @@ Knows no tokenizer and no model.
 """
 
 import random
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.tiny import countdown, prices, word
-from finetune.tiny.countdown import value_of
+from finetune.tiny.countdown import reaches
 from finetune.tiny.solution import Family, Item, attempt, boxed, judged, solution
 
 FAMILIES: tuple[Family, ...] = ("word", "countdown")
@@ -22,7 +21,7 @@ SYSTEM = (
 )
 INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}."
 
-SLIPS: dict[Family, float] = {"word": 0.12, "countdown": 0.4, "prices": 0.25}
+SLIPS: dict[Family, float] = {"word": 0.12, "countdown": 0.25, "prices": 0.25}
 """How often a line goes wrong in the attempts that verification is learned from."""
 
 _PROBLEM: dict[Family, Callable[[random.Random, int], Item]] = {
@@ -59,27 +58,32 @@ def draw(
     held_out: bool,
     family: Family | None = None,
     steps: int | None = None,
-    longest: int = 8,
 ) -> Item:
-    """Draw one item from the training or the test side, of at most `longest` steps."""
+    """Draw one item from the training or the test side."""
     while True:
-        chosen = family or rng.choices(FAMILIES, (3, 2))[0]
-        depths = [depth for depth in _STEPS[chosen] if depth <= longest]
-        item = _PROBLEM[chosen](rng, steps or rng.choice(depths))
+        chosen = family or rng.choice(FAMILIES)
+        item = _PROBLEM[chosen](rng, steps or rng.choice(_STEPS[chosen]))
         if item.held_out == held_out:
             return item
 
 
 def exam(seed: int, per_family: int, families: tuple[Family, ...] = FAMILIES) -> list[Item]:
-    """Distinct held-out problems, each number of steps in turn."""
+    """Distinct held-out problems, each number of steps in turn.
+
+    Raises:
+        ValueError: A family has fewer.
+    """
     rng = random.Random(f"mull-tiny test {seed}")
     chosen: dict[str, Item] = {}
     for family in families:
-        wanted = len(chosen) + per_family
+        wanted, fruitless = len(chosen) + per_family, 0
         while len(chosen) < wanted:
             depths = _STEPS[family]
             steps = depths[(wanted - len(chosen)) % len(depths)]
             item = draw(rng, held_out=True, family=family, steps=steps)
+            fruitless = fruitless + 1 if item.identity in chosen else 0
+            if fruitless > 10_000:
+                raise ValueError(f"'{family}' has fewer than {per_family} held-out problems")
             chosen.setdefault(item.identity, item)
     return list(chosen.values())
 
@@ -87,20 +91,18 @@ def exam(seed: int, per_family: int, families: tuple[Family, ...] = FAMILIES) ->
 def examples(
     rng: random.Random,
     *,
-    longest: int = 8,
     verified: float = 0.0,
     families: tuple[Family, ...] = FAMILIES,
 ) -> Iterator[Example]:
     """Draw from the training side without end; the share `verified` is to be judged."""
     while True:
-        family = rng.choices(families, (3, 2)[: len(families)])[0]
-        item = draw(rng, held_out=False, family=family, longest=longest)
+        family = rng.choice(families)
+        item = draw(rng, held_out=False, family=family)
         system = rng.choice(SYSTEM) if rng.random() < 0.1 else None
         prompt = item.prompt + INSTRUCTION if rng.random() < 0.1 else item.prompt
         if rng.random() < verified:
             written = attempt(item, rng, slip=SLIPS[family])
-            good = tuple(good for _, good in judged(item, written))
-            yield Example(system=system, prompt=prompt, solution=written, good=good)
+            yield replace(Example.judging(item, written), system=system, prompt=prompt)
         else:
             yield Example(system=system, prompt=prompt, solution=solution(item, rng))
 
@@ -115,5 +117,5 @@ def grade(item: Item, text: str) -> bool:
         return False
     if item.family != "countdown":
         return answer == item.answer
-    used = sorted(int(number) for number in re.findall(r"\d+", answer))
-    return used == sorted(item.numbers) and value_of(answer) == item.target
+    assert item.target is not None
+    return reaches(answer, item.target, item.numbers)

@@ -3,13 +3,15 @@
 Data-parallel over CPU processes in float32, Muon for the matrices and AdamW for the rest. The loss
 is on solutions to imitate, token by token, and on solutions to judge, at the end of each line. A
 run killed half-way continues from its last checkpoint, and draws the same batches that it would
-have drawn.
+have drawn; a checkpoint of another recipe, or of other data, is refused.
 """
 
 import argparse
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from finetune.tiny.problems import examples
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the weights."""
+    """Everything that decides the weights, besides the data that `problems` makes."""
 
-    steps: int = 1900
+    steps: int = 2900
     batch: int = 16
     seed: int = 0
     hidden: int = 256
@@ -36,7 +38,6 @@ class Recipe:
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
     warm_up: int = 30
-    curriculum: int = 0
     decay: float = 0.6
     temperature: float = 0.8
     processes: int = 2
@@ -66,17 +67,28 @@ def run(recipe: Recipe, out: Path, work: Path, save_every: int) -> None:
     """Train to the end, from the checkpoint in `work` if there is one, and save to `out`.
 
     Raises:
-        SystemExit: the checkpoint was made by another recipe.
+        SystemExit: the checkpoint was made by another recipe, or from other data.
     """
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
-        made_by = _loaded(checkpoint)["recipe"]
-        if made_by != repr(recipe):
+        saved = _loaded(checkpoint)
+        if saved["recipe"] != repr(recipe):
             raise SystemExit(
-                f"{checkpoint} was made by another recipe: {made_by}; choose another --work"
+                f"{checkpoint} was made by another recipe: {saved['recipe']}; choose another --work"
             )
+        if saved["data"] != _data(recipe):
+            raise SystemExit(f"{checkpoint} was made from other data; choose another --work")
     work.mkdir(parents=True, exist_ok=True)
     loop.processes(_train, recipe.processes, recipe, out, checkpoint, save_every)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _data(recipe: Recipe) -> str:
+    """A digest that changes with the tokenizer, or with how problems are made."""
+    drawn = examples(random.Random(recipe.seed), verified=recipe.verified)
+    texts = [tokenizers.build(recipe.seed).backend_tokenizer.to_str()]
+    texts += [repr(example) for example in islice(drawn, 500)]
+    return sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _loaded(checkpoint: Path) -> dict[str, Any]:
@@ -93,6 +105,7 @@ def _train(rank: int, recipe: Recipe, out: Path, checkpoint: Path, save_every: i
         Muon(matrices, lr=recipe.muon_rate, rank=rank, ranks=recipe.processes),
         loop.adamw(others, recipe.adam_rate),
     ]
+    data = _data(recipe)
     done = loop.Done()
     if checkpoint.exists():
         saved = _loaded(checkpoint)
@@ -112,6 +125,7 @@ def _train(rank: int, recipe: Recipe, out: Path, checkpoint: Path, save_every: i
         if rank == 0 and done.steps % save_every == 0:
             state = {
                 "recipe": repr(recipe),
+                "data": data,
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "done": asdict(done),
@@ -162,8 +176,7 @@ def _batches(
 ) -> Iterator[loop.Batch]:
     def rows(pool: int) -> Iterator[loop.Row]:
         rng = random.Random(f"pool {recipe.seed} {pool} {rank}")
-        longest = 3 if pool * loop.BATCHES_PER_POOL < recipe.curriculum else 8
-        for example in examples(rng, longest=longest, verified=recipe.verified):
+        for example in examples(rng, verified=recipe.verified):
             if example.good is None:
                 yield loop.imitated(tokenizer, example)
             else:

@@ -112,14 +112,14 @@ class Sum(Walk):
         if self.total is None and fact.sign == -1:
             return
         yield Move(
-            f"{fact.key}: {fact.each} * {count} = ",
+            f"{fact.key}: {count} * {fact.each} = ",
             count * fact.each,
             lambda value: self._computed(fact, value),
         )
         tens, units = _tens(fact.each)
         if tens and units:
             yield Move(
-                f"{fact.key}: {tens} * {count} = ",
+                f"{fact.key}: {count} * {tens} = ",
                 count * tens,
                 lambda value: replace(self, halves=(fact, (value,))),
                 _SPLIT_PRODUCT,
@@ -129,7 +129,7 @@ class Sum(Walk):
         if len(parts) == 1:
             _, units = _tens(fact.each)
             return Move(
-                f"{fact.key}: {units} * {fact.count} = ",
+                f"{fact.key}: {fact.count} * {units} = ",
                 (fact.count or 1) * units,
                 lambda value: replace(self, halves=(fact, (*parts, value))),
             )
@@ -219,7 +219,7 @@ def _facts(rng: random.Random, steps: int, keys: _Keys) -> list[Fact]:
 def _amount(fact: Fact, thing: str) -> str:
     if fact.count is None:
         return f"{fact.each} {thing}"
-    return f"{fact.key} with {fact.each} {thing} each, {fact.count} in all"
+    return f"{fact.key}, {fact.count} with {fact.each} {thing} each"
 
 
 def _told(rng: random.Random, fact: Fact, she: str, her: str, thing: str) -> str:

@@ -42,5 +42,22 @@ def test_majority_ignores_missing_answers():
     assert majority_at(2, [None, None], [False, False]) == 0
 
 
+def test_majority_answers_with_the_first_that_says_it():
+    answers, right = ["24"] * 6, [True] + [False] * 5  # the same value, by other numbers
+    assert majority_at(6, answers, right) == pytest.approx(1 / 6, abs=0.2)
+
+
+def test_majority_of_fewer_is_less_sure():
+    answers, right = ["4"] * 6 + ["5"] * 4, [True] * 6 + [False] * 4
+    one, few, all_of_them = (majority_at(k, answers, right, draws=2000) for k in (1, 3, 10))
+    assert one == pytest.approx(0.6, abs=0.04)
+    assert few == pytest.approx(0.667, abs=0.04)  # hypergeometric: (C(6,3) + C(6,2) 4) / C(10,3)
+    assert all_of_them == 1
+
+
+def test_majority_ties_go_to_the_first_drawn():
+    assert majority_at(2, ["4", "5"], [True, False], draws=2000) == pytest.approx(0.5, abs=0.05)
+
+
 def test_standard_error_of_the_mean():
     assert standard_error([0.0, 1.0]) == pytest.approx(0.5)

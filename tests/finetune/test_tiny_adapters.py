@@ -21,10 +21,16 @@ def solved():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", adapt.KINDS)
-def test_an_adapter_is_trained_and_loaded(kind, tmp_path, solved):
-    recipe = adapt.Recipe(steps=3, batch=2, samples=8, warm_up=1)
-    loop.processes(adapt._train, recipe.processes, kind, recipe, MULL_TINY, tmp_path)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        adapt.Verifier(steps=3, batch=2, samples=8, warm_up=1),
+        adapt.Prices(steps=3, batch=2, warm_up=1),
+    ],
+    ids=adapt.RECIPES,
+)
+def test_an_adapter_is_trained_and_loaded(recipe, tmp_path, solved):
+    loop.processes(adapt._train, recipe.processes, recipe, MULL_TINY, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in tmp_path.iterdir()
     }

@@ -1,6 +1,7 @@
 """The problems of the embedded model: right solutions, and a test side that training never sees."""
 
 import random
+import re
 from fractions import Fraction
 from itertools import islice, pairwise
 
@@ -67,9 +68,9 @@ def test_a_verdict_follows_the_walk_not_the_answer():
     )
     item = draw(random.Random(0), held_out=False, family="word")
     item = type(item)(family="word", steps=3, prompt="", answer="67", identity="", start=start)
-    right = "Tom: 40\nbags: 12 * 3 = 36\nbags: 40 + 36 = 76\nshop: 76 - 9 = 67\n"
+    right = "Tom: 40\nbags: 3 * 12 = 36\nbags: 40 + 36 = 76\nshop: 76 - 9 = 67\n"
     assert [good for _, good in judged(item, right + "Answer: \\boxed{67}")] == [True] * 5
-    split = "bags: 10 * 3 = 30\nbags: 2 * 3 = 6\nbags: 30 + 6 = 36\nshop: 36 - 9 = 27\n"
+    split = "bags: 3 * 10 = 30\nbags: 3 * 2 = 6\nbags: 30 + 6 = 36\nshop: 36 - 9 = 27\n"
     assert all(good for _, good in judged(item, split + "Tom: 27 + 40 = 67\nAnswer: \\boxed{67}"))
     for wrong, first in (
         ("Tom: 40\nTom: 40 + 40 = 80", 1),  # a fact taken twice
@@ -77,11 +78,9 @@ def test_a_verdict_follows_the_walk_not_the_answer():
         ("Tom: 40\nshop: 40 + 9 = 49", 1),  # the wrong sign
         ("Tom: 40\nAnswer: \\boxed{67}", 1),  # unfinished, though the answer is right
         (right + "Answer: \\boxed{76}", 4),
-        (right + "Answer: \\boxed{67}\nAnswer: \\boxed{67}", None),
     ):
         verdicts = [good for _, good in judged(item, wrong)]
-        if first is not None:
-            assert verdicts.index(False) == first, wrong
+        assert verdicts.index(False) == first, wrong
 
 
 def test_a_countdown_line_is_good_while_the_target_can_be_reached():
@@ -97,6 +96,8 @@ def test_a_countdown_line_is_good_while_the_target_can_be_reached():
     )
     good = "4 * 3 = 12 (left: 2, 12)\n12 + 2 = 14 (left: 14)\nAnswer: \\boxed{(4 * 3) + 2}"
     assert all(verdict for _, verdict in judged(item, good))
+    otherwise = good.replace("(4 * 3) + 2", "2 + (4 * 3)")
+    assert all(verdict for _, verdict in judged(item, otherwise))
     lost = "4 + 3 = 7 (left: 2, 7)\n7 + 2 = 9 (left: 9)\nAnswer: \\boxed{(4 + 3) + 2}"
     assert [verdict for _, verdict in judged(item, lost)] == [True, False, False]
 
@@ -114,11 +115,36 @@ def test_training_and_test_are_disjoint_by_what_makes_a_problem_the_same():
 
 def test_other_words_or_another_order_are_the_same_problem():
     rng = random.Random(1)
-    seen: dict[str, bool] = {}
+    prompts: dict[str, set[str]] = {}
     for _ in range(6000):
-        item = draw(rng, held_out=rng.random() < 0.5, family="word", steps=1)
-        assert seen.setdefault(item.identity, item.held_out) == item.held_out
-    assert len(seen) < 6000  # the same problem did come back in other words
+        item = draw(rng, held_out=False, family="word", steps=1)
+        prompts.setdefault(item.identity, set()).add(item.prompt)
+    sums = [told for identity, told in prompts.items() if re.fullmatch(r"1\*.* 1\*.*", identity)]
+    numbers = [tuple(re.findall("[0-9]+", prompt)) for prompt in max(sums, key=len)]
+    assert len({tuple(sorted(one)) for one in numbers if len(one) == 2}) == 1
+    assert len({one for one in numbers if len(one) == 2}) == 2, "in both orders"
+
+
+@pytest.mark.parametrize("family", ["countdown", "prices"])
+def test_no_tested_problem_begins_as_one_that_is_trained_on(family):
+    """Word problems do: the sums that they are made of are few."""
+    rng = random.Random(2)
+
+    def beginnings(held_out: bool) -> set[str]:
+        items = [draw(rng, held_out=held_out, family=family) for _ in range(4000)]
+        asked = [f"{item.numbers} {item.target}" if item.numbers else "" for item in items]
+        return {
+            f"{numbers} {solution(item, random.Random(0)).splitlines()[:2]}"
+            for item, numbers in zip(items, asked, strict=True)
+            if item.steps > 1
+        }
+
+    assert len(beginnings(True) & beginnings(False)) == 0
+
+
+def test_an_exam_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="'countdown' has fewer than 700"):
+        exam(0, 700, ("countdown",))
 
 
 def test_pretraining_never_sees_the_domain_that_is_kept_for_adapters():
@@ -159,7 +185,9 @@ def test_operations_keep_their_promises(numbers):
         assert left >= right
         assert len(after) == len(ordered) - 1
         assert result in after
-        assert value_of(f"{left} {operator} {right}") == result
+        assert value_of(f"{left} {operator} {right}") == result <= countdown.LARGEST
+    signs = {operator for _, operator, *_ in operations((3, 6))}
+    assert signs == set("+-*/")
     if len(ordered) == 2:
         for *_, (result,) in operations(ordered):
             assert solvable(ordered, result)

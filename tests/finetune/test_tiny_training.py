@@ -1,6 +1,9 @@
 """Tokens, rows, Muon over processes, and a training that goes on where it was stopped."""
 
 import random
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.tiny import loop, train
+from finetune.tiny import loop
 from finetune.tiny import tokenizer as tokenizers
 from finetune.tiny.muon import orthogonalised
 from finetune.tiny.problems import SYSTEM, examples
@@ -79,20 +82,47 @@ def test_orthogonalised_directions_have_singular_values_near_one():
         assert values.max() < 1.4
 
 
-def trained(work: Path, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights after four tiny steps with a checkpoint at the third."""
-    recipe = train.Recipe(
-        steps=4, batch=2, hidden=32, layers=1, intermediate=32, heads=1, seed=seed
+SMALL = ["--batch", "2", "--hidden", "32", "--layers", "1", "--intermediate", "32", "--heads", "1"]
+
+
+def training(work: Path, *flags: str) -> subprocess.Popen[str]:
+    """A small training with its checkpoint in `work`."""
+    paths = ["--work", str(work), "--out", str(work / "out"), "--save-every", "3"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune.tiny.train", *SMALL, *paths, "--steps", "90", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    train.run(recipe, work / "out", work, 3)
+
+
+def weights(work: Path) -> dict[str, torch.Tensor]:
     return load_file(work / "out" / "model.safetensors")
 
 
 @pytest.mark.slow
 def test_a_stopped_training_goes_on_and_ends_with_the_same_weights(tmp_path):
-    whole = trained(tmp_path)
-    again = trained(tmp_path)  # from the checkpoint
-    assert whole.keys() == again.keys()
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    with pytest.raises(SystemExit, match="another recipe"):
-        trained(tmp_path, seed=1)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert training(whole).wait(120) == 0
+    assert not (whole / "checkpoint.pt").exists()
+    checkpoint = stopped / "checkpoint.pt"
+    process = training(stopped)
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(30) != 0
+    saved = torch.load(checkpoint, weights_only=True)
+    assert 0 < saved["done"]["steps"] < 90
+    for field, value, complaint in (
+        ("recipe", "another", "another recipe"),
+        ("data", "other", "other data"),
+    ):
+        torch.save(saved | {field: value}, checkpoint)
+        assert complaint in training(stopped).communicate(timeout=60)[0]
+    saved["done"]["tokens"] += 10**9  # which the report shows if it is read
+    torch.save(saved, checkpoint)
+    assert "1000." in training(stopped).communicate(timeout=120)[0]
+    first, second = weights(whole), weights(stopped)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
