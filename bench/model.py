@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import exp
@@ -248,30 +247,31 @@ def _whole_area(samples: list[Sample], scorer: str) -> float | None:
 
 
 def _show(rows: list[dict[str, Any]], samples: int) -> None:
-    names: Sequence[str] = [name for name in rows[-1] if isinstance(rows[-1][name], list)]
-    shown = [name for name in names if not name.endswith(("@4", "@8")) and " - " not in name]
-    console = Console(width=200)
-    table = Table(title=f"{samples} samples a problem; ± is one standard error over problems")
-    for heading in ("T", "family", "steps", "problems", *shown):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            *(str(row[name]) for name in ("temperature", "family", "steps", "problems")),
-            *(_with_error(row.get(name), ".3f") for name in shown),
-        )
-    console.print(table)
-    table = Table(title="Differences in points, paired by problem")
+    names = [name for name in rows[-1] if isinstance(rows[-1][name], list)]
+    areas = [name for name in names if " auc" in name]
     differences = [name for name in names if " - " in name]
-    for heading in ("T", "family", *differences):
-        table.add_column(heading, justify="right")
-    for row in (row for row in rows if row["steps"] == "all"):
-        table.add_row(
-            str(row["temperature"]),
-            row["family"],
-            *(_with_error([100 * part for part in row[name]], "+.1f") for name in differences),
-        )
-    console.print(table)
+    accuracies = [name for name in names if name not in areas + differences]
+    shown = [name for name in accuracies if not name.endswith(("@4", "@8", "@32"))]
+    shown += [f"pass@{k}" for k in KS[-1:] if k <= samples]
+    wholes = [row for row in rows if row["steps"] == "all"]
+    for title, names, chosen, spec in (
+        (f"Accuracy, {samples} samples a problem", shown, rows, ".3f"),
+        ("Differences in points, paired by problem", differences, wholes, "+.1f"),
+        ("Areas under the curve within a problem", areas, wholes, ".3f"),
+    ):
+        table = Table(title=f"{title}; ± is one standard error over problems")
+        for heading in ("T", "family", "steps", "problems", *names):
+            table.add_column(heading, justify="right")
+        for row in chosen:
+            table.add_row(
+                *(str(row[name]) for name in ("temperature", "family", "steps", "problems")),
+                *(_with_error(row.get(name), spec) for name in names),
+            )
+        Console(width=200).print(table)
 
 
 def _with_error(pair: list[float] | None, spec: str) -> str:
-    return "" if pair is None else f"{pair[0]:{spec}} ± {pair[1]:{spec.lstrip('+')}}"
+    if pair is None:
+        return ""
+    value, error = pair if spec == ".3f" else (100 * part for part in pair)
+    return f"{value:{spec}} ± {error:{spec.lstrip('+')}}"
