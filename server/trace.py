@@ -66,9 +66,11 @@ class Trace:
 
     def record(self, event: Event) -> None:
         """Append an event; `Chosen` and `Failed` are the last."""
-        if isinstance(event, Sampled):  # log-probabilities are many, and nothing here reads them
-            bare = replace(event.candidate, logprobs=(), pieces=(), top_logprobs=())
-            event = Sampled(candidate=bare)
+        if isinstance(event, Sampled):  # without what is many, or is the parent's, too
+            candidate = event.candidate
+            own = candidate.token_ids[candidate.inherited :]
+            bare = replace(candidate, text="", token_ids=own, inherited=0)
+            event = Sampled(candidate=replace(bare, logprobs=(), pieces=(), top_logprobs=()))
         timed = (time.monotonic() - self._started, event)
         if not isinstance(event, Grown):
             self.events.append(timed)
@@ -97,24 +99,29 @@ class Trace:
 
     def usage(self) -> Usage:
         """The sums so far; before the end, nothing is kept yet."""
-        returned: tuple[int, ...] = ()
+        returned: set[int] = set()
+        """The answers, and the sequences that they go on with."""
         answer_cached = 0
+        best = -1
         kept = discarded = aborted = verifier = prompt = cached = calls = 0
         for _, event in reversed(self.events):
             match event:
                 case Chosen():
-                    returned = event.returned
+                    returned = set(event.returned)
+                    best = event.index
                 case Started():
                     calls += 1
                 case Sampled(candidate=candidate):
                     prompt += candidate.prompt_tokens
                     cached += candidate.cached_tokens
-                    if candidate.index in returned[:1]:
+                    if candidate.index == best:
                         answer_cached = candidate.cached_tokens
                     if candidate.index in returned:
-                        kept += len(candidate.token_ids)
+                        kept += candidate.drawn
+                        if candidate.parent is not None:  # it stands further in front
+                            returned.add(candidate.parent)
                     else:
-                        discarded += len(candidate.token_ids)
+                        discarded += candidate.drawn
                 case Aborted():
                     prompt += event.prompt_tokens
                     cached += event.cached_tokens
@@ -145,7 +152,9 @@ def told(timed: Timed) -> dict[str, Any]:
             said |= {"tokens": len(event.chunk.token_ids)}
         case Sampled(candidate=candidate):
             said |= {"index": candidate.index, "answer": candidate.answer}
-            said |= {"tokens": len(candidate.token_ids), "finish_reason": candidate.finish_reason}
+            said |= {"tokens": candidate.drawn, "finish_reason": candidate.finish_reason}
+            if candidate.parent is not None:
+                said |= {"parent": candidate.parent}
         case Scored():
             said |= {"index": event.index, "score": event.score, "tokens": event.tokens}
         case Voted():

@@ -1,5 +1,6 @@
 """Best-of-N: sample independently, keep what the verifier likes most (Cobbe et al. 2021)."""
 
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -9,6 +10,8 @@ from strategies.core.errors import OutOfTime
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import Tally
+
+Select = Literal["max", "weighted"]
 
 
 class BestOfN(Strategy, frozen=True):
@@ -26,9 +29,7 @@ class BestOfN(Strategy, frozen=True):
 
     kind: Literal["best_of_n"] = "best_of_n"
     n: int = Field(default=8, ge=1, le=256, description="Samples to draw.")
-    select: Literal["max", "weighted"] = Field(
-        default="max", description="Best score, or score-weighted vote."
-    )
+    select: Select = Field(default="max", description="Best score, or score-weighted vote.")
     verifier: VerifierChoice = Field(
         default=VerifierChoice(kind="likelihood"),
         description="Who judges: a kind from GET /v1/verifiers, or an object with its parameters.",
@@ -49,32 +50,45 @@ class BestOfN(Strategy, frozen=True):
         candidates = await ctx.sample_many(problem, self.n)
         try:
             verdicts = await ctx.verify(problem, candidates)
-        except OutOfTime:  # unjudged, the earliest that ended by itself
-            earliest = sorted(candidates, key=lambda one: (not one.complete, one.index))
-            return await ctx.choose(problem, earliest)
+        except OutOfTime:
+            verdicts = []
         scores = {
             candidate.index: verdict.score
-            for candidate, verdict in zip(candidates, verdicts, strict=True)
+            for candidate, verdict in zip(candidates, verdicts, strict=bool(verdicts))
         }
-        if self.select == "max":
-            ranked = sorted(candidates, key=lambda one: _badness(one, scores))
-            return await ctx.choose(problem, ranked, scores=scores)
-        tally = Tally()
-        voted: dict[int, str] = {}
-        for candidate in [one for one in candidates if one.complete] or candidates:
-            if candidate.answer is None:
-                continue
-            place = await ctx.place(candidate.answer, tally.answers)
-            score = scores[candidate.index]
-            counted = tally.count(place, candidate.answer, score, candidate.index)
-            voted[candidate.index] = counted
-            ctx.vote(candidate, counted, score)
-        ranked = sorted(
-            candidates, key=lambda one: (tally.rank(voted.get(one.index)), *_badness(one, scores))
-        )
-        return await ctx.choose(problem, ranked, scores=scores, votes=tally.votes)
+        return await elect(problem, ctx, candidates, scores, self.select)
 
 
-def _badness(candidate: Candidate, scores: dict[int, float]) -> tuple[float, ...]:
-    """Sorts the best first: ended by itself, then the higher score, then the earlier."""
-    return (not candidate.complete, -scores[candidate.index], candidate.index)
+async def elect(
+    problem: Problem,
+    ctx: Context,
+    candidates: Sequence[Candidate],
+    scores: Mapping[int, float],
+    select: Select,
+) -> Outcome:
+    """End the run by scores, which are by index; `candidates` come in the order that breaks ties.
+
+    What nobody judged has no vote, and wins only if nothing that ended as it did was judged.
+    """
+    order = {candidate.index: at for at, candidate in enumerate(candidates)}
+
+    def badness(one: Candidate) -> tuple[float, ...]:
+        score = scores.get(one.index)
+        return (not one.complete, score is None, -(score or 0.0), order[one.index])
+
+    if select == "max":
+        return await ctx.choose(problem, sorted(candidates, key=badness), scores=scores)
+    tally = Tally()
+    voted: dict[int, str] = {}
+    for candidate in [one for one in candidates if one.complete] or candidates:
+        score = scores.get(candidate.index)
+        if candidate.answer is None or score is None:
+            continue
+        place = await ctx.place(candidate.answer, tally.answers)
+        counted = tally.count(place, candidate.answer, score, order[candidate.index])
+        voted[candidate.index] = counted
+        ctx.vote(candidate, counted, score)
+    best_first = sorted(
+        candidates, key=lambda one: (tally.rank(voted.get(one.index)), *badness(one))
+    )
+    return await ctx.choose(problem, best_first, scores=scores, votes=tally.votes)

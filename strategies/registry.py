@@ -4,17 +4,21 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
+from strategies.beam_search import BeamSearch
 from strategies.best_of_n import BestOfN
 from strategies.chain_of_thought import ChainOfThought
 from strategies.core.strategy import Strategy
 from strategies.self_consistency import SelfConsistency
 
-AnyStrategy = Annotated[ChainOfThought | BestOfN | SelfConsistency, Field(discriminator="kind")]
+AnyStrategy = Annotated[
+    ChainOfThought | BestOfN | SelfConsistency | BeamSearch, Field(discriminator="kind")
+]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "chain_of_thought": ChainOfThought,
     "best_of_n": BestOfN,
     "self_consistency": SelfConsistency,
+    "beam_search": BeamSearch,
 }
 
 ANY_STRATEGY: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)

@@ -62,6 +62,11 @@ class Arrivals(Generic[T]):
         self.pending = 0
         """Results that are still to be iterated over."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next result is there already."""
+        return not self._queue.empty()
+
     def start(self, work: Coroutine[Any, Any, T]) -> None:
         """Add work, also while iterating."""
         self.pending += 1

@@ -6,6 +6,7 @@ It keeps the budget, the deadline and the trace honest.
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from math import inf
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -105,7 +106,8 @@ class Context:
     def sampling(self, problem: Problem, n: int) -> "Sampling":
         """Start up to `n` samples; iterate over them as they finish.
 
-        Leaving the block aborts the rest.
+        More may be started later, also such as go on with a candidate. Leaving the block aborts the
+        rest.
         """
         return Sampling(self, problem, n)
 
@@ -230,6 +232,22 @@ class Context:
         self._short = self._short or reason
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One sequence to start: a whole sample, unless it says otherwise."""
+
+    after: Candidate | None = None
+    """The candidate to go on with, which ended with a step."""
+    until: str | None = None
+    """Ends the step."""
+    max_tokens: int | None = None
+    """Ends the step, too."""
+    place: int | None = None
+    """Which draw of the search it is, whenever it starts: its seed follows; None: its index."""
+    greedy: bool = False
+    """Whether each token is to be the likeliest."""
+
+
 class Sampling:
     """Samples of one prompt, in flight together. An async context manager and an async iterator."""
 
@@ -240,7 +258,7 @@ class Sampling:
         self._arrivals: Arrivals[tuple[int, Candidate | None]] = Arrivals()
         self._watch = Group()
         self._leased: dict[int, Lease] = {}
-        """Leases of samples whose task has not begun."""
+        """Leases of sequences whose task has not begun."""
         self._running: set[int] = set()
         self._unseen: set[int] = set()
         self._usable = 0
@@ -295,6 +313,17 @@ class Sampling:
         self._usable += 1
         return candidate
 
+    async def some(self) -> list[Candidate]:
+        """The next finished sample, and whatever else is in by then; empty once all are in."""
+        found: list[Candidate] = []
+        while self._arrivals.pending and (not found or self._arrivals.ready):
+            index, candidate = await anext(self._arrivals)
+            self._unseen.discard(index)
+            if candidate is not None:
+                self._usable += 1
+                found.append(candidate)
+        return found
+
     @property
     def pending(self) -> int:
         """Samples started and not yet iterated over."""
@@ -305,9 +334,10 @@ class Sampling:
         """The lowest index that may still come: started and not yet iterated over, or new."""
         return min(self._unseen, default=inf)
 
-    def start(self, n: int) -> None:
-        """Start up to `n` more samples, as many as the budget allows."""
-        budget = self._ctx.budget
+    def start(self, draws: int | Sequence[Draw]) -> list[int]:
+        """Start more sequences, as many as the budget allows, in order; return their indices."""
+        asked = [Draw()] * draws if isinstance(draws, int) else draws
+        budget, n = self._ctx.budget, len(asked)
         if budget.seconds_left is not None and budget.seconds_left <= 0:
             n = 0
             self._ctx.fell_short("deadline")
@@ -317,11 +347,10 @@ class Sampling:
             n = budget.left
             self._ctx.fell_short("exhausted")
         share = budget.share(n) if n > 0 else None
-        for _ in range(n):
-            allowed = (
-                self._problem.max_tokens if share is None else min(self._problem.max_tokens, share)
-            )
-            lease = budget.reserve(allowed)
+        started: list[int] = []
+        for draw in asked[:n]:
+            room = self._room(draw)
+            lease = budget.reserve(room if share is None else min(room, share))
             if lease is None:
                 break
             index = self._ctx.number()
@@ -329,7 +358,15 @@ class Sampling:
             self._leased[index] = lease
             self._running.add(index)
             self._unseen.add(index)
-            self._arrivals.start(self._sample(index))
+            self._arrivals.start(self._sample(index, draw))
+            started.append(index)
+        return started
+
+    def _room(self, draw: Draw) -> int:
+        """How many tokens a sequence may have, the budget aside."""
+        written = 0 if draw.after is None else len(draw.after.token_ids)
+        left = self._problem.max_tokens - written
+        return left if draw.max_tokens is None else min(left, draw.max_tokens)
 
     async def _end_at_deadline(self, seconds: float) -> None:
         await asyncio.sleep(max(0.0, seconds))
@@ -338,17 +375,21 @@ class Sampling:
             self._ctx.fell_short("deadline")
             await self._ctx.engine.abort(tuple(self._running))
 
-    async def _sample(self, index: int) -> tuple[int, Candidate | None]:
+    async def _sample(self, index: int, draw: Draw) -> tuple[int, Candidate | None]:
         """One sequence from start to answer; what was spent is settled however it ends."""
         lease = self._leased.pop(index)
-        ctx, problem = self._ctx, self._problem
+        ctx, problem, after = self._ctx, self._problem, draw.after
+        place = index if draw.place is None else draw.place
         generation = Generation(
             index=index,
-            token_ids=problem.token_ids,
+            token_ids=problem.token_ids + (() if after is None else after.token_ids),
             max_tokens=lease.tokens,
-            seed=None if problem.seed is None else problem.seed + index,
+            continues=None if after is None else after.index,
+            seed=None if problem.seed is None else problem.seed + place,
+            greedy=draw.greedy,
+            until=draw.until,
             logprobs=None if ctx.verifier is None else ctx.verifier.logprobs,
-            priority=1 + index,
+            priority=1 if after else 1 + place,
         )
         sequence = _Sequence()
         candidate: Candidate | None = None
@@ -360,16 +401,22 @@ class Sampling:
             reason = sequence.finish_reason
             if reason == "abort" and self._late and sequence.token_ids:
                 reason = "length"
+            written = len(generation.token_ids) - len(problem.token_ids) + len(sequence.token_ids)
+            if reason == "length" and len(sequence.token_ids) == draw.max_tokens:
+                reason = "step"
+            if reason == "step" and written >= problem.max_tokens:
+                reason = "length"  # there is no room to go on
             if reason is not None and reason != "abort":
-                candidate = sequence.finished(
-                    index, reason, await ctx.answer(sequence.text, sequence.token_ids)
-                )
+                candidate = sequence.finished(index, reason, after)
+                if reason != "step":
+                    answer = await ctx.answer(candidate.text, candidate.token_ids)
+                    candidate = replace(candidate, answer=answer)
             return index, candidate
         finally:
             self._running.discard(index)
             lease.settle(len(sequence.token_ids))
             if candidate is not None:
-                if candidate.finish_reason == "length" and lease.tokens < problem.max_tokens:
+                if candidate.finish_reason == "length" and lease.tokens < self._room(draw):
                     ctx.fell_short("exhausted")
                 ctx.emit(Sampled(candidate=candidate))
             else:
@@ -406,16 +453,21 @@ class _Sequence:
         self.prompt_tokens = chunk.prompt_tokens or self.prompt_tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
 
-    def finished(self, index: int, finish_reason: FinishReason, answer: str | None) -> Candidate:
+    def finished(
+        self, index: int, finish_reason: FinishReason, after: Candidate | None
+    ) -> Candidate:
+        """All of the solution, whose answer is still to be read."""
+        before = after or Candidate(index=-1, text="", token_ids=(), finish_reason="step")
         return Candidate(
             index=index,
-            text=self.text,
-            token_ids=tuple(self.token_ids),
+            text=before.text + self.text,
+            token_ids=(*before.token_ids, *self.token_ids),
             finish_reason=finish_reason,
-            answer=answer,
-            logprobs=tuple(self.logprobs),
-            pieces=tuple(self.pieces),
-            top_logprobs=tuple(self.top_logprobs),
+            parent=None if after is None else after.index,
+            inherited=len(before.token_ids),
+            logprobs=(*before.logprobs, *self.logprobs),
+            pieces=(*before.pieces, *self.pieces),
+            top_logprobs=(*before.top_logprobs, *self.top_logprobs),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
         )

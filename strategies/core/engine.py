@@ -21,6 +21,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def tokens_with(self, text: str) -> Collection[int]:
+        """The ids of all tokens in which this text is whole: those that may end a step.
+
+        Raises:
+            InvalidRequest: They are too many to look for.
+        """
+        ...
+
     async def abort(self, indices: Collection[int]) -> None:
         """End these generations now: each reader gets what was generated, then reason `abort`.
 

@@ -93,6 +93,11 @@ class FakeEngine:
         finally:
             self.running -= 1
 
+    async def tokens_with(self, text: str) -> Collection[int]:
+        """Of the pieces written so far."""
+        written = {piece for asked in self.asked for piece in pieces(self._text(asked))}
+        return {token for piece in written if text in piece for token in encode(piece)}
+
     async def abort(self, indices: Collection[int]) -> None:
         """End these sequences at their next token."""
         for index in indices:
@@ -110,20 +115,27 @@ class FakeEngine:
 
     def _script(self, generation: Generation) -> list[Chunk]:
         """All chunks of a sequence; an empty text is one chunk without a token."""
-        if callable(self._texts):
-            text = self._texts(generation)
-        else:
-            text = self._texts[generation.index % len(self._texts)]
-        ends = [text.index(stop) + len(stop) for stop in generation.stop if stop in text]
-        written = pieces(text[: min(ends, default=len(text))])
-        finish: FinishReason = "stop" if len(written) <= generation.max_tokens else "length"
-        written = written[: generation.max_tokens]
+        text = self._text(generation)
+        written = pieces(text)
+        finish: FinishReason = "stop"
+        if generation.until is not None:
+            until = generation.until
+            end = next((at for at, piece in enumerate(written) if until in piece), None)
+            if end is not None:
+                written, finish = written[: end + 1], "step"
+        if len(written) > generation.max_tokens:
+            written, finish = written[: generation.max_tokens], "length"
         if not written:
             return [Chunk(finish_reason=finish, prompt_tokens=len(generation.token_ids))]
         return [
             self._chunk(generation, piece, finish if number == len(written) else None)
             for number, piece in enumerate(written, start=1)
         ]
+
+    def _text(self, generation: Generation) -> str:
+        if callable(self._texts):
+            return self._texts(generation)
+        return self._texts[generation.index % len(self._texts)]
 
     def _chunk(self, generation: Generation, piece: str, finish: FinishReason | None) -> Chunk:
         wanted = generation.logprobs

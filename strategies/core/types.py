@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "repetition", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "step"]
+"""Why a sequence ended. `step`: at the end of a step, from where it may go on."""
 
 StopReason = Literal["decided", "exhausted", "deadline", "samples", "cancelled"]
 """Why a run ended.
@@ -41,9 +42,13 @@ class Generation:
     token_ids: tuple[int, ...]
     """The prompt and whatever of the answer it continues."""
     max_tokens: int
+    continues: int | None = None
+    """The number of the sequence that `token_ids` ends with, if it goes on with one."""
     seed: int | None = None
-    stop: tuple[str, ...] = ()
-    """Strings that end the sequence besides the client's own; kept in the text."""
+    greedy: bool = False
+    """Whether each token is the likeliest, whatever the client asked for."""
+    until: str | None = None
+    """Ends the sequence, with reason `step`, after the token in which this delimiter is whole."""
     logprobs: int | None = None
     """None: none; 0: of the chosen tokens; k: of the k most likely tokens as well."""
     adapter: str | None = None
@@ -72,19 +77,33 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A finished sequence with the answer read from it."""
+    """A solution with the answer read from it; one that ended with a step may go on.
+
+    It is all of the solution, though its last sequence may have written its last step only.
+    """
 
     index: int
+    """Of its last sequence."""
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    parent: int | None = None
+    """The candidate that its last sequence goes on with."""
+    inherited: int = 0
+    """How many of its tokens are the parent's."""
     answer: str | None = None
     """The extracted answer in canonical form; None if there is none."""
     logprobs: tuple[float, ...] = ()
     pieces: tuple[str, ...] = ()
     top_logprobs: tuple[tuple[float, ...], ...] = ()
     prompt_tokens: int = 0
+    """Of the last sequence, whose prompt includes what it goes on with."""
     cached_tokens: int = 0
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that its last sequence generated."""
+        return len(self.token_ids) - self.inherited
 
     @property
     def complete(self) -> bool:

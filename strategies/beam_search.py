@@ -1,0 +1,249 @@
+"""Beam search: grow several solutions step by step, and spend on those that a verifier likes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from strategies.best_of_n import Select, elect
+from strategies.core.context import Context, Draw, Sampling
+from strategies.core.errors import NoCandidate, OutOfTime
+from strategies.core.strategy import Strategy, VerifierChoice
+from strategies.core.tree import Allocate, Beam, Frontier
+from strategies.core.types import Candidate, Outcome, Problem, Verdict
+
+MOST_DRAWS = 256
+"""Sequences that one round may have."""
+
+
+class BeamSearch(Strategy, frozen=True):
+    """Draw steps, score them, and go on with the promising ones, until `width` solutions ended.
+
+    A round draws `width * branch` steps; those that say the same count once. `allocate` decides who
+    grows: `top_k` the `width` best, each `branch` times (Snell et al. 2024); `diverse` the best of
+    each of `width` subtrees (DVTS, Beeching et al. 2024); `balanced` all, in proportion to the
+    softmax of their scores (REBASE, Wu et al. 2025); `resample` all, drawn again in proportion to
+    the odds of their scores (particle filtering, Puri et al. 2025). A solution that ended is kept,
+    and the search goes on with one beam less. `lookahead` judges a step by where it leads after so
+    many further greedy steps. Each step is scored as soon as it is drawn, and subtrees do not wait
+    for each other. A solution that a limit cut short wins only if no other ended by itself. Ties go
+    to the earliest draw.
+    """
+
+    cost: ClassVar[str] = (
+        "at most max_steps rounds of width * branch steps, each judged once; "
+        "lookahead adds so many steps to each"
+    )
+    paper: ClassVar[str] = (
+        "Snell et al. 2024, Scaling LLM Test-Time Compute Optimally, arXiv:2408.03314; "
+        "balanced: Wu et al. 2025, arXiv:2408.00724; resample: Puri et al. 2025, arXiv:2502.01618"
+    )
+
+    kind: Literal["beam_search"] = "beam_search"
+    width: int = Field(default=4, ge=1, le=64, description="Solutions that grow side by side.")
+    branch: int = Field(default=4, ge=1, le=64, description="Steps drawn for each of them.")
+    allocate: Allocate = Field(default="top_k", description="Who grows after each round.")
+    verifier: VerifierChoice = Field(
+        default=VerifierChoice(kind="likelihood"),
+        description="Who judges each step: a kind from GET /v1/verifiers that judges steps.",
+    )
+    score: Literal["last", "min", "mean", "product"] = Field(
+        default="min", description="How the scores of its steps make the score of a solution."
+    )
+    select: Select = Field(
+        default="max", description="Best score, or score-weighted vote, of what has ended."
+    )
+    delimiter: str = Field(
+        default="\n", min_length=1, max_length=32, description="Ends a step, and belongs to it."
+    )
+    max_step_tokens: int = Field(
+        default=256, ge=1, le=32_768, description="Ends a step that has no delimiter so far."
+    )
+    max_steps: int = Field(default=64, ge=1, le=1024, description="Rounds at most.")
+    lookahead: int = Field(default=0, ge=0, le=16, description="Greedy steps ahead of each score.")
+    spread: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="Temperature of the softmax of `balanced`, where it is 0.1, and of the odds of "
+        "`resample`, where it is 1.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width * self.branch > MOST_DRAWS:
+            raise ValueError(f"'width' times 'branch' may be {MOST_DRAWS} at most")
+        if self.spread is not None and self.allocate not in ("balanced", "resample"):
+            raise ValueError("'spread' needs allocate 'balanced' or 'resample'")
+        return self
+
+    def most(self) -> int:
+        """One answer of each beam."""
+        return self.width
+
+    def judged_by(self) -> VerifierChoice:
+        """The verifier that scores every step."""
+        return self.verifier
+
+    @property
+    def stepwise(self) -> bool:
+        """It goes on from steps, and its verifier judges them."""
+        return True
+
+    async def solve(self, problem: Problem, ctx: Context) -> Outcome:
+        """Draw, judge, advance, until every frontier is done or the budget is."""
+        async with ctx.sampling(problem, 0) as drawing:
+            search = _Search(self, problem, ctx, drawing)
+            search.advance()
+            try:
+                while drawn := await search.arrivals():
+                    await search.judge(drawn)
+                    search.advance()
+            except OutOfTime:
+                pass
+        beams = [beam for frontier in search.frontiers for beam in frontier.leaves()]
+        scores = {beam.candidate.index: beam.score for beam in beams}
+        found = sorted(
+            [(beam.place, beam.candidate) for beam in beams] + search.unjudged(),
+            key=lambda one: one[0],
+        )
+        if not found:
+            raise NoCandidate("the budget ran out before the first step had a single token")
+        return await elect(problem, ctx, [one for _, one in found], scores, self.select)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A sequence under way: one draw, or a look ahead of `beam`'s draw."""
+
+    frontier: Frontier
+    place: int
+    of: Candidate | None = None
+    """The draw that the look ahead is for."""
+    ahead: int = 0
+    """Steps to look ahead after this one."""
+
+
+class _Search:
+    """The frontiers of one run, and what is on its way to them."""
+
+    def __init__(
+        self, strategy: BeamSearch, problem: Problem, ctx: Context, drawing: Sampling
+    ) -> None:
+        self._strategy = strategy
+        self._problem = problem
+        self._ctx = ctx
+        self._drawing = drawing
+        self._coming: dict[int, _Coming] = {}
+        """By index of the sequence."""
+        self._at_judge: list[tuple[int, Candidate]] = []
+        """What the verifier is judging, by place."""
+        subtrees = strategy.width if strategy.allocate == "diverse" else 1
+        width = strategy.width // subtrees
+        spread = 0.1 if strategy.allocate == "balanced" else 1.0
+        self.frontiers = [
+            Frontier(
+                allocate=strategy.allocate,
+                width=width,
+                branch=strategy.branch,
+                temperature=strategy.spread or spread,
+                seed=problem.seed or 0,
+                first=at * width * strategy.branch,
+                stride=subtrees,
+            )
+            for at in range(subtrees)
+        ]
+        self._open = list(self.frontiers)
+        # So many samples are the same ones, whatever arrives first.
+        self._in_order = ctx.budget.samples_left is not None
+
+    def unjudged(self) -> list[tuple[int, Candidate]]:
+        """What was drawn and has no score yet, by place."""
+        ahead = [(one.place, one.of) for one in self._coming.values() if one.of is not None]
+        return self._at_judge + ahead
+
+    async def arrivals(self) -> list[Candidate]:
+        """What has been drawn by now, one at least; empty once nothing is under way."""
+        drawn = await self._drawing.some()
+        while self._in_order and (more := await self._drawing.some()):
+            drawn += more
+        return sorted(drawn, key=lambda one: self._coming[one.index].place)
+
+    def advance(self) -> None:
+        """Start the next round of every frontier that has all of its last one."""
+        waiting = {id(coming.frontier) for coming in self._coming.values()}
+        still: list[Frontier] = []
+        for frontier in self._open:
+            more = frontier.rounds < self._strategy.max_steps
+            if id(frontier) in waiting or (more and self._grow(frontier)):
+                still.append(frontier)
+        self._open = still
+
+    def _grow(self, frontier: Frontier) -> bool:
+        """Ask for a round; whether any of it could be started."""
+        draws = [
+            self._draw(growth.beam and growth.beam.candidate, growth.place + at)
+            for growth in frontier.advance()
+            for at in range(growth.times)
+        ]
+        started = self._drawing.start(draws)
+        for index, draw in zip(started, draws, strict=False):
+            self._coming[index] = _Coming(frontier, draw.place or 0)
+        return bool(started)
+
+    async def judge(self, drawn: Sequence[Candidate]) -> None:
+        """Score what came, and put it into its frontier; or look ahead of it first."""
+        seen: dict[tuple[int, ...], Candidate] = {}
+        """What the verifier is to see, once each."""
+        judged: list[tuple[_Coming, Candidate, Candidate]] = []
+        for candidate in drawn:
+            coming = self._coming.pop(candidate.index)
+            of = coming.of or candidate
+            known = coming.frontier.known(of)
+            if known is not None:
+                beam = Beam(candidate=of, score=known.score, place=coming.place)
+                coming.frontier.insert(beam)
+            elif not self._look(candidate, of, coming):
+                judged.append((coming, of, seen.setdefault(candidate.token_ids, candidate)))
+        if not judged:
+            return
+        self._at_judge = [(coming.place, of) for coming, of, _ in judged]
+        verdicts = await self._ctx.verify(self._problem, list(seen.values()))
+        scores = dict(zip(seen, map(self._score, verdicts), strict=True))
+        self._at_judge = []
+        for coming, of, shown in judged:
+            score = scores[shown.token_ids]
+            coming.frontier.insert(Beam(candidate=of, score=score, place=coming.place))
+
+    def _look(self, candidate: Candidate, of: Candidate, coming: _Coming) -> bool:
+        """Start one more step ahead, if there is one to be; whether it did."""
+        ahead = self._strategy.lookahead if coming.of is None else coming.ahead
+        if not ahead or candidate.finish_reason != "step":
+            return False
+        started = self._drawing.start([self._draw(candidate, coming.place, greedy=True)])
+        for index in started:
+            self._coming[index] = _Coming(coming.frontier, coming.place, of, ahead - 1)
+        return bool(started)
+
+    def _draw(self, after: Candidate | None, place: int, *, greedy: bool = False) -> Draw:
+        return Draw(
+            after=after,
+            until=self._strategy.delimiter,
+            max_tokens=self._strategy.max_step_tokens,
+            place=place,
+            greedy=greedy,
+        )
+
+    def _score(self, verdict: Verdict) -> float:
+        steps = verdict.steps or (verdict.score,)
+        match self._strategy.score:
+            case "last":
+                return steps[-1]
+            case "min":
+                return min(steps)
+            case "mean":
+                return sum(steps) / len(steps)
+            case "product":
+                return prod(steps)

@@ -1,0 +1,181 @@
+"""The frontier of a step-wise search: which partial solutions there are, and which of them grow.
+
+Pure and synchronous: it knows no engine, no verifier and no event loop. A search draws what
+`advance` asks for, hands in what came of it, and asks again.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import exp, floor, log
+from typing import Literal
+
+from strategies.core.types import Candidate
+
+Allocate = Literal["top_k", "diverse", "balanced", "resample"]
+"""Who grows, and how often, once all draws of a round are in.
+
+`top_k`: the best beams, each as often as the others (beam search). `diverse`: the same in `width`
+subtrees of their own, each with one beam (diverse verifier tree search, Beeching et al. 2024).
+`balanced`: every beam, in proportion to the softmax of its score (REBASE, Wu et al. 2025,
+arXiv:2408.00724). `resample`: beams drawn again in proportion to the odds of their scores, by
+systematic resampling (particle filtering, Puri et al. 2025, arXiv:2502.01618).
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beam:
+    """A partial or whole solution in a search, and what it is worth."""
+
+    candidate: Candidate
+    score: float
+    place: int
+    """The number of the draw that made it. Lower wins ties, whatever arrived first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """`times` draws that go on with a beam; None starts from the prompt."""
+
+    beam: Beam | None
+    times: int
+    place: int
+    """The number of its first draw; the others follow."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Frontier:
+    """The live beams of one search. It is asked for growth, then told each beam that came of it.
+
+    A beam that ended by itself leaves the frontier and takes a part of the width with it; the
+    search is over when all of the width has ended.
+    """
+
+    allocate: Allocate
+    width: int
+    branch: int
+    temperature: float = 1.0
+    """Of the softmax of `balanced`, and of the odds of `resample`."""
+    seed: int = 0
+    first: int = 0
+    """The number of its first draw."""
+    stride: int = 1
+    """How many rounds of draws other frontiers have between two of its own."""
+    finished: list[Beam] = field(default_factory=list[Beam])
+    """Beams that cannot or need not go on, in the order of their places once a round is over."""
+    live: list[Beam] = field(default_factory=list[Beam])
+    """After `advance`: the beams that grow."""
+    rounds: int = 0
+    _drawn: list[Beam] = field(default_factory=list[Beam])
+
+    @property
+    def draws(self) -> int:
+        """How many draws a round has at most."""
+        return self.width * self.branch
+
+    def insert(self, beam: Beam) -> None:
+        """Take in what came of one draw."""
+        self._drawn.append(beam)
+
+    def leaves(self) -> list[Beam]:
+        """What the search has come to so far: what ended, and what could still grow; by place."""
+        return merged([*self.finished, *(self._drawn or self.live)])
+
+    def known(self, candidate: Candidate) -> Beam | None:
+        """The beam of this round that says the same, if there is one."""
+        same = (beam for beam in self._drawn if beam.candidate.token_ids == candidate.token_ids)
+        return next(same, None)
+
+    def advance(self) -> list[Growth]:
+        """Close the round; what to draw in the next one, nothing once the search is over."""
+        distinct = merged(self._drawn)
+        self._drawn = []
+        growing = [beam for beam in distinct if beam.candidate.finish_reason == "step"]
+        self.finished += [beam for beam in distinct if beam.candidate.finish_reason != "step"]
+        free = self.width - len(self.finished)
+        if self.rounds and (not growing or free <= 0):
+            self.live = growing
+            return []
+        counts = self._counts(growing, free) if self.rounds else []
+        start = self.first + self.rounds * self.stride * self.draws
+        self.rounds += 1
+        if self.rounds == 1:
+            return [Growth(beam=None, times=self.draws, place=start)]
+        self.live = [beam for beam, times in counts if times]
+        growths: list[Growth] = []
+        for beam, times in counts:
+            if times:
+                growths.append(Growth(beam=beam, times=times, place=start))
+                start += times
+        return growths
+
+    def _counts(self, growing: list[Beam], free: int) -> list[tuple[Beam, int]]:
+        """How often each beam is gone on with, by place."""
+        draws = free * self.branch
+        if self.allocate in ("top_k", "diverse"):
+            return [(beam, self.branch) for beam in sorted(ranked(growing)[:free], key=_place)]
+        scores = [beam.score for beam in growing]
+        if self.allocate == "balanced":
+            return list(zip(growing, balanced(scores, draws, self.temperature), strict=True))
+        rng = random.Random(f"{self.seed} {self.first} {self.rounds}")
+        counts = resampled(odds(scores, self.temperature), draws, rng.random())
+        return list(zip(growing, counts, strict=True))
+
+
+def ranked(beams: Sequence[Beam]) -> list[Beam]:
+    """Best first: the higher score, then the lower place."""
+    return sorted(beams, key=lambda beam: (-beam.score, beam.place))
+
+
+def merged(beams: Sequence[Beam]) -> list[Beam]:
+    """One beam of each that say the same, the one with the lowest place; by place."""
+    kept: dict[tuple[int, ...], Beam] = {}
+    for beam in sorted(beams, key=_place):
+        kept.setdefault(beam.candidate.token_ids, beam)
+    return list(kept.values())
+
+
+def balanced(scores: Sequence[float], draws: int, temperature: float) -> list[int]:
+    """Shares of `draws` in proportion to softmax(score / temperature), by largest remainder.
+
+    They add up to `draws`; ties go to the earlier.
+    """
+    top = max(scores)
+    return _shares([exp((score - top) / temperature) for score in scores], draws)
+
+
+def odds(scores: Sequence[float], temperature: float) -> list[float]:
+    """Weights (p / (1 - p)) ** (1 / temperature) of scores that are probabilities; the top is 1."""
+    bounded = [min(max(score, 1e-6), 1 - 1e-6) for score in scores]
+    logits = [log(score / (1 - score)) / temperature for score in bounded]
+    return [exp(logit - max(logits)) for logit in logits]
+
+
+def resampled(weights: Sequence[float], draws: int, offset: float) -> list[int]:
+    """Systematic resampling: how often each weight is hit by a comb of `draws` even teeth.
+
+    `offset` in [0, 1) shifts the comb. A count differs from its share by less than one.
+    """
+    step = sum(weights) / draws
+    counts: list[int] = []
+    reached, hit = 0.0, 0
+    for at, weight in enumerate(weights):
+        reached += weight
+        upto = draws if at == len(weights) - 1 else min(draws, floor(reached / step - offset) + 1)
+        counts.append(max(0, upto - hit))
+        hit = max(hit, upto)
+    return counts
+
+
+def _shares(weights: Sequence[float], draws: int) -> list[int]:
+    total = sum(weights)
+    exact = [draws * weight / total for weight in weights]
+    counts = [floor(share) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda at: (counts[at] - exact[at], at))
+    for at in by_rest[: draws - sum(counts)]:
+        counts[at] += 1
+    return counts
+
+
+def _place(beam: Beam) -> int:
+    return beam.place
