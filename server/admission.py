@@ -132,6 +132,10 @@ class Admitted:
             finally:
                 self._gate.leave()
 
+    async def tokens_with(self, text: str) -> Collection[int]:
+        """See `Engine.tokens_with`."""
+        return await self._engine.tokens_with(text)
+
     async def abort(self, indices: Collection[int]) -> None:
         """See `Engine.abort`."""
         self._ended |= set(indices)

@@ -186,10 +186,17 @@ def select(strategy: Strategy, limits: Limits, request: JSON) -> tuple[JSON, Sel
     if prompts and len(prompts) > 1 and not all(isinstance(one, int) for one in prompts):
         raise InvalidRequest("a strategy takes one prompt per request", field="prompt")
     choice = strategy.judged_by()
+    verifier = None if choice is None else resolve(choice)
+    if verifier is not None and strategy.stepwise and not verifier.stepwise:
+        raise InvalidRequest(
+            f"{strategy.kind} needs a verifier that judges single steps, and '{verifier.kind}' "
+            "as chosen judges whole answers",
+            field="verifier.kind",
+        )
     return _with_prompting(request, strategy), Selection(
         strategy=strategy,
         limits=limits,
-        verifier=None if choice is None else resolve(choice),
+        verifier=verifier,
         question=_question(request),
     )
 

@@ -40,6 +40,7 @@ class BeamSearch(Strategy, frozen=True):
         "Snell et al. 2024, Scaling LLM Test-Time Compute Optimally, arXiv:2408.03314; "
         "balanced: Wu et al. 2025, arXiv:2408.00724; resample: Puri et al. 2025, arXiv:2502.01618"
     )
+    stepwise: ClassVar[bool] = True
 
     kind: Literal["beam_search"] = "beam_search"
     width: int = Field(default=4, ge=1, le=64, description="Solutions that grow side by side.")
@@ -86,11 +87,6 @@ class BeamSearch(Strategy, frozen=True):
     def judged_by(self) -> VerifierChoice:
         """The verifier that scores every step."""
         return self.verifier
-
-    @property
-    def stepwise(self) -> bool:
-        """It goes on from steps, and its verifier judges them."""
-        return True
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Draw, judge, advance, until every frontier is done or the budget is."""

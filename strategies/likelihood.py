@@ -30,6 +30,11 @@ class Likelihood(BaseModel):
         """Those of the chosen tokens."""
         return 0
 
+    @property
+    def stepwise(self) -> bool:
+        """With `min`."""
+        return self.over == "min"
+
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: Context
     ) -> list[Verdict]:
@@ -64,6 +69,11 @@ class SelfCertainty(BaseModel):
     def logprobs(self) -> int:
         """Those of the 20 likeliest tokens."""
         return 20
+
+    @property
+    def stepwise(self) -> bool:
+        """It averages over a whole answer."""
+        return False
 
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: Context

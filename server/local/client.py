@@ -15,7 +15,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.admission import Admission
-from server.local.engine import Asked, Client, LocalEngine, twin
+from server.local.engine import Asked, Client, LocalEngine
 from server.run import Run, Selection
 from server.selection import SELECTION, from_xargs
 from server.settings import Settings
@@ -26,6 +26,16 @@ from strategies.core.errors import InvalidRequest
 from strategies.core.events import Committed, Event, Grown
 from strategies.core.sandbox import Sandbox
 from strategies.core.types import Outcome, Problem
+
+_COUNTED: dict[str, Any] = {
+    "min_tokens": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "structured_outputs": None,
+    "repetition_detection": None,
+    "thinking_token_budget": None,
+}
+"""What vLLM keeps count of within one sequence, with the value that asks for nothing."""
 
 
 class Reasoner:
@@ -81,7 +91,7 @@ class Reasoner:
                 case Committed(index=index) if streaming and committed is None:
                     committed = index
                     if index in engine.outputs:
-                        heard.put_nowait(twin(engine.outputs[index]))
+                        heard.put_nowait(engine.whole(index))
                 case Grown(index=index) if index == committed:
                     heard.put_nowait(engine.latest[index])
                 case _:
@@ -103,14 +113,15 @@ class Reasoner:
         if last is None:
             last = _whole(engine, outcome)
         for output, candidate in zip(last.outputs, outcome.ranked, strict=True):
-            output.finish_reason = candidate.finish_reason  # `length` where a deadline cut it off
+            cut = candidate.finish_reason == "step"  # by the end of the search, not by a step's
+            output.finish_reason = "length" if cut else candidate.finish_reason
         yield _as(last, asked)
 
 
 def _whole(engine: LocalEngine, outcome: Outcome) -> RequestOutput:
     """The answers that were asked for, best first, as the one output of the request."""
-    whole = twin(engine.outputs[outcome.chosen.index])
-    whole.outputs = [twin(engine.outputs[one.index]).outputs[0] for one in outcome.ranked]
+    whole = engine.whole(outcome.chosen.index)
+    whole.outputs = [engine.whole(one.index).outputs[0] for one in outcome.ranked]
     for rank, output in enumerate(whole.outputs):
         output.index = rank
     whole.finished = True
@@ -123,6 +134,14 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
         raise InvalidRequest("a strategy needs a prompt of tokens")
     if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
         raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
+    if selection.strategy.stepwise:
+        for field, idle in _COUNTED.items():
+            if getattr(asked.params, field) not in (None, idle):
+                raise InvalidRequest(
+                    f"'{field}' is kept over a whole answer, and {selection.strategy.kind} asks "
+                    "for one step at a time: drop one of them",
+                    field=field,
+                )
     return Problem(
         token_ids=tuple(ids),  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
         text=selection.question,

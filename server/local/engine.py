@@ -3,6 +3,7 @@
 One sequence a call, token ids in and out, aborted when its reader leaves.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing, suppress
 from copy import copy
@@ -16,8 +17,14 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from strategies.core.errors import EngineUnavailable
+from strategies.core.errors import EngineUnavailable, InvalidRequest
 from strategies.core.types import Chunk, Generation
+
+MOST_ENDS = 8192
+"""Tokens that may end a step: vLLM looks through them at every token."""
+
+_KEPT = 64
+"""Delimiters whose tokens are remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +33,7 @@ class Client:
 
     generate: Callable[..., AsyncGenerator[RequestOutput, None]]
     abort: Callable[[list[str]], Awaitable[None]]
+    vocabulary: "Vocabulary"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +70,7 @@ class LocalEngine:
         self._kind = RequestOutputKind.DELTA if pieces else RequestOutputKind.FINAL_ONLY
         self._ended: set[int] = set()
         self._prompt_ids = tuple(cast(list[int], asked.prompt.get("prompt_token_ids")))
+        self._continues: dict[int, int] = {}
         self.outputs: dict[int, RequestOutput] = {}
         """By index of the sequence, what vLLM has given of it so far, merged."""
         self.latest: dict[int, RequestOutput] = {}
@@ -72,7 +81,12 @@ class LocalEngine:
         if generation.index in self._ended:
             yield Chunk(finish_reason="abort")
             return
-        params = self._params(generation)
+        ends: Collection[int] = ()
+        if generation.until is not None:
+            ends = await self.tokens_with(generation.until)
+        params = self._params(generation, ends)
+        if generation.continues is not None:
+            self._continues[generation.index] = generation.continues
         prompt = self._asked.prompt
         if generation.token_ids != self._prompt_ids:
             prompt = tokens_input(list(generation.token_ids))
@@ -84,7 +98,7 @@ class LocalEngine:
         try:
             async with aclosing(sequence) as pieces:
                 async for piece in pieces:
-                    yield self._chunk(generation, piece)
+                    yield self._chunk(generation, piece, ends)
         except EngineDeadError as error:
             raise EngineUnavailable(
                 "the engine died; a new one is being started, try again"
@@ -96,10 +110,31 @@ class LocalEngine:
         with suppress(EngineDeadError):  # then the readers know already
             await self._client.abort([self._id(index) for index in indices])
 
+    async def tokens_with(self, text: str) -> Collection[int]:
+        """See `Engine.tokens_with`."""
+        return await self._client.vocabulary.tokens_with(text)
+
+    def whole(self, index: int) -> RequestOutput:
+        """A sequence and what it goes on with, as one output: a copy."""
+        path = [index]
+        while path[-1] in self._continues:
+            path.append(self._continues[path[-1]])
+        merged, *others = (twin(self.outputs[at]) for at in reversed(path))
+        [output] = merged.outputs
+        for other in others:
+            before = output.cumulative_logprob
+            merged.add(other, aggregate=True)
+            if before is not None and output.cumulative_logprob is not None:
+                output.cumulative_logprob += before
+            output.finish_reason = other.outputs[0].finish_reason
+            output.stop_reason = other.outputs[0].stop_reason
+            merged.num_cached_tokens = other.num_cached_tokens
+        return merged
+
     def _id(self, index: int) -> str:
         return f"{self._name}-{index}"
 
-    def _params(self, generation: Generation) -> SamplingParams:
+    def _params(self, generation: Generation, ends: Collection[int]) -> SamplingParams:
         asked = self._asked.params
         params = asked.clone()
         params.n = 1
@@ -108,14 +143,26 @@ class LocalEngine:
         params.seed = generation.seed
         if generation.logprobs is not None and params.logprobs != -1:
             params.logprobs = max(params.logprobs or 0, generation.logprobs)
-        if generation.stop:
-            own = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
-            params.stop = [*own, *generation.stop]
+        if generation.greedy:
+            params.temperature, params.top_p, params.top_k, params.min_p = 0.0, 1.0, 0, 0.0
+        if generation.until is not None:
+            params.stop_token_ids = [*(params.stop_token_ids or ()), *ends]
             params.include_stop_str_in_output = True
+            if len(generation.until) > 1:  # it may be spread over several tokens
+                params.stop = [*_own_stops(asked), generation.until]
         return params
 
-    def _chunk(self, generation: Generation, piece: RequestOutput) -> Chunk:
+    def _chunk(self, generation: Generation, piece: RequestOutput, ends: Collection[int]) -> Chunk:
         output = piece.outputs[0]
+        finish = _finish(output.finish_reason)
+        if finish == "stop" and generation.until is not None:
+            reason, asked = output.stop_reason, self._asked.params
+            if reason in _own_stops(asked) and not asked.include_stop_str_in_output:
+                output.text = output.text.removesuffix(str(reason))
+            elif reason == generation.until or (
+                reason in ends and reason not in (asked.stop_token_ids or ())
+            ):
+                finish = "step"
         self._keep(generation.index, piece)
         logprobs: tuple[float, ...] = ()
         pieces: tuple[str, ...] = ()
@@ -138,7 +185,7 @@ class LocalEngine:
             logprobs=logprobs,
             pieces=pieces,
             top_logprobs=top,
-            finish_reason=_finish(output.finish_reason),
+            finish_reason=finish,
             # A sequence that was aborted before its first token never had its prompt computed.
             prompt_tokens=len(piece.prompt_token_ids or ()) if output.token_ids else 0,
             cached_tokens=piece.num_cached_tokens or 0,
@@ -152,6 +199,44 @@ class LocalEngine:
             self.outputs[index] = twin(piece)
         else:
             known.add(piece, aggregate=True)
+
+
+class Vocabulary:
+    """Which tokens hold a text; knows the words of every token once it was asked."""
+
+    def __init__(self, tokenizer: Callable[[], Any]) -> None:
+        self._tokenizer = tokenizer
+        self._searching = asyncio.Lock()
+        self._words: list[str] | None = None
+        self._found: dict[str, frozenset[int]] = {}
+
+    async def tokens_with(self, text: str) -> frozenset[int]:
+        """See `Engine.tokens_with`."""
+        async with self._searching:
+            if text not in self._found:
+                if len(self._found) == _KEPT:
+                    del self._found[next(iter(self._found))]
+                self._found[text] = await asyncio.to_thread(self._search, text)
+            found = self._found[text]
+        if len(found) > MOST_ENDS:
+            raise InvalidRequest(
+                f"{len(found)} tokens of the model hold {text!r}; choose a delimiter that "
+                f"{MOST_ENDS} hold at most",
+                field="strategy.delimiter",
+            )
+        return found
+
+    def _search(self, text: str) -> frozenset[int]:
+        words = self._words
+        if words is None:
+            tokenizer = self._tokenizer()
+            words = self._words = tokenizer.batch_decode([[at] for at in range(len(tokenizer))])
+        return frozenset(at for at, word in enumerate(words) if text in word)
+
+
+def _own_stops(params: SamplingParams) -> list[str]:
+    """The client's stop strings."""
+    return [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
 
 
 def twin(piece: RequestOutput) -> RequestOutput:

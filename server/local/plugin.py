@@ -19,7 +19,7 @@ from server.admission import Admission
 from server.errors import handle, reply_to
 from server.local.chat import Chat, teach
 from server.local.client import Reasoner
-from server.local.engine import Client
+from server.local.engine import Client, Vocabulary
 from server.middleware import Choosing
 from server.routes import models, traces
 from server.routes import strategies as routes
@@ -77,7 +77,11 @@ class Plugin:
         metrics.RUNNING.set_function(lambda: admission.requests)
         metrics.CANDIDATES.set_function(lambda: admission.candidates)
         engine.generate = Reasoner(
-            Client(generate=engine.generate, abort=engine.abort),
+            Client(
+                generate=engine.generate,
+                abort=engine.abort,
+                vocabulary=Vocabulary(engine.get_tokenizer),
+            ),
             admission=admission,
             store=state.store,
             sandbox=sandbox,

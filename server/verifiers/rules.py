@@ -38,6 +38,8 @@ class _Rule(BaseModel):
 
     logprobs: ClassVar[int | None] = None
     """What it needs of each candidate's log-probabilities."""
+    stepwise: ClassVar[bool] = False
+    """A step that a rule does not speak of has no score."""
 
 
 class Regex(_Rule):

@@ -54,6 +54,11 @@ class Verifier(Protocol):
         """The log-probabilities that it needs of each sample, as in `Generation.logprobs`."""
         ...
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether it judges each step, also of a solution that is not finished."""
+        ...
+
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context"
     ) -> Sequence[Verdict]:

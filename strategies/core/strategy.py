@@ -44,6 +44,8 @@ class Strategy(BaseModel, ABC, frozen=True):
     """What it asks of the engine, in one sentence."""
     paper: ClassVar[str]
     """Authors, year, title, and arXiv number."""
+    stepwise: ClassVar[bool] = False
+    """Whether it asks for one step at a time, and its verifier judges steps."""
 
     kind: str
     answer: AnswerFormat = Field(

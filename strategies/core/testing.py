@@ -171,6 +171,7 @@ class FakeVerifier:
         self._score = score
         self._seconds = seconds
         self.logprobs = logprobs
+        self.stepwise = True
         self.judged: list[int] = []
         """Indices of the candidates, in the order judged."""
 
