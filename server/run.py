@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from server.trace import Trace, Usage
 from strategies.core.answers import Answers
 from strategies.core.budget import Budget, Limits
-from strategies.core.context import Context, Read, Verifier
+from strategies.core.context import Context, Reader, Verifier
 from strategies.core.engine import Engine
 from strategies.core.errors import MullError
 from strategies.core.events import Event, Failed
@@ -88,7 +88,7 @@ class Selection:
     """The client's own name of the request."""
     user: str | None = None
     """Whom the client says it asks for; it stands in the trace."""
-    read: Read | None = None
+    read: Reader | None = None
     """How the model's server tells reasoning and tool calls from the answer."""
     runs: list[Run] = field(default_factory=list[Run])
     begun: asyncio.Event = field(default_factory=asyncio.Event)

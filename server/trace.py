@@ -16,6 +16,7 @@ from strategies.core.events import (
     Event,
     Failed,
     Grown,
+    Read,
     Sampled,
     Scored,
     Started,
@@ -126,7 +127,10 @@ class Trace:
                     prompt += event.prompt_tokens
                     cached += event.cached_tokens
                     aborted += event.tokens
-                case Scored():
+                case Read():
+                    calls += 1
+                    prompt += event.prompt_tokens
+                    cached += event.cached_tokens
                     verifier += event.tokens
                 case _:
                     pass
@@ -156,7 +160,9 @@ def told(timed: Timed) -> dict[str, Any]:
             if candidate.parent is not None:
                 said |= {"parent": candidate.parent}
         case Scored():
-            said |= {"index": event.index, "score": event.score, "tokens": event.tokens}
+            said |= {"index": event.index, "score": event.score}
+        case Read():
+            said |= {"tokens": event.tokens}
         case Voted():
             said |= {"index": event.index, "answer": event.answer, "weight": event.weight}
         case Started() | Aborted():

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from strategies.best_of_n import Select, elect
 from strategies.core.context import Context, Draw, Sampling
-from strategies.core.errors import NoCandidate, OutOfTime
+from strategies.core.errors import BudgetSpent, NoCandidate
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import Allocate, Beam, Frontier
 from strategies.core.types import Candidate, Outcome, Problem, Verdict
@@ -97,7 +97,7 @@ class BeamSearch(Strategy, frozen=True):
                 while drawn := await search.arrivals():
                     await search.judge(drawn)
                     search.advance()
-            except OutOfTime:
+            except BudgetSpent:
                 pass
         beams = [beam for frontier in search.frontiers for beam in frontier.leaves()]
         scores = {beam.candidate.index: beam.score for beam in beams}

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from strategies.core.context import Context
-from strategies.core.errors import OutOfTime
+from strategies.core.errors import BudgetSpent
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import Tally
@@ -50,7 +50,7 @@ class BestOfN(Strategy, frozen=True):
         candidates = await ctx.sample_many(problem, self.n)
         try:
             verdicts = await ctx.verify(problem, candidates)
-        except OutOfTime:
+        except BudgetSpent:
             verdicts = []
         scores = {
             candidate.index: verdict.score

@@ -35,6 +35,10 @@ class Likelihood(BaseModel):
         """With `min`."""
         return self.over == "min"
 
+    def aside(self, tokens: int) -> int:
+        """Nothing: it is free."""
+        return 0
+
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: Context
     ) -> list[Verdict]:
@@ -74,6 +78,10 @@ class SelfCertainty(BaseModel):
     def stepwise(self) -> bool:
         """It averages over a whole answer."""
         return False
+
+    def aside(self, tokens: int) -> int:
+        """Nothing: it is free."""
+        return 0
 
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: Context

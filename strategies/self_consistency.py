@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self, TypedDict
 from pydantic import Field, model_validator
 
 from strategies.core.context import Context
-from strategies.core.errors import OutOfTime
+from strategies.core.errors import BudgetSpent
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import (
@@ -127,7 +127,7 @@ class SelfConsistency(Strategy, frozen=True):
                     if self.weight != "none":
                         try:
                             [verdict] = await ctx.verify(problem, [candidate])
-                        except OutOfTime:  # what nobody judged has no vote
+                        except BudgetSpent:  # what nobody judged has no vote
                             tally.blank()
                             continue
                         weight = scores[index] = verdict.score

@@ -41,6 +41,10 @@ class _Rule(BaseModel):
     stepwise: ClassVar[bool] = False
     """A step that a rule does not speak of has no score."""
 
+    def aside(self, tokens: int) -> int:
+        """Nothing: rules are free."""
+        return 0
+
 
 class Regex(_Rule):
     """1 if a regular expression is found in the candidate's text or answer, else 0."""

@@ -4,24 +4,25 @@ It keeps the budget, the deadline and the trace honest.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from math import inf
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from strategies.core.aio import Arrivals, Group
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
 from strategies.core.engine import Engine
-from strategies.core.errors import NoCandidate, OutOfTime, VerifierFailed
+from strategies.core.errors import BudgetSpent, NoCandidate, VerifierFailed
 from strategies.core.events import (
     Aborted,
     Chosen,
     Committed,
     Event,
     Grown,
+    Read,
     Sampled,
     Scored,
     Started,
@@ -59,20 +60,30 @@ class Verifier(Protocol):
         """Whether it judges each step, also of a solution that is not finished."""
         ...
 
+    def aside(self, tokens: int) -> int:
+        """How many of the tokens for a sample are to be set aside for judging it; fewer than all.
+
+        Matters only to budgets that could run out.
+        """
+        ...
+
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context"
     ) -> Sequence[Verdict]:
         """One verdict per candidate, in order.
 
-        Whatever it generates, it reserves from `ctx.budget`.
+        What it generates goes through `ctx.read`, which keeps to the budget.
 
         Raises:
             VerifierFailed: It has no opinion; there are no neutral scores.
+            BudgetSpent: The tokens do not suffice for one.
         """
         ...
 
 
-Read = Callable[[str, Sequence[int]], Reading]
+T = TypeVar("T")
+
+Reader = Callable[[str, Sequence[int]], Reading]
 """Reads a sample's text and tokens as the server of its model will; without, tags in it do."""
 
 LATE_SECONDS = 0.2
@@ -95,7 +106,7 @@ class Context:
         emit: Callable[[Event], None],
         verifier: Verifier | None = None,
         answer_format: AnswerFormat | None = None,
-        read: Read | None = None,
+        read: Reader | None = None,
     ) -> None:
         self.engine = engine
         self.budget = budget
@@ -105,6 +116,10 @@ class Context:
         self.verifier = verifier
         self.answer_format = answer_format or AnswerFormat()
         self._read = read
+        self._read_so_far: dict[
+            tuple[str, tuple[int, ...]], dict[tuple[int, ...], tuple[float, ...]]
+        ] = {}
+        """By adapter and labels, then by prefix."""
         self._next = 0
         self._short: StopReason | None = None
 
@@ -131,7 +146,7 @@ class Context:
 
         Raises:
             VerifierFailed: There is no verifier, or it gave no opinion on some candidate.
-            OutOfTime: The deadline passed before it had one: go without.
+            BudgetSpent: The deadline passed, or the tokens ran out, before it had one: go without.
         """
         if self.verifier is None:
             raise VerifierFailed("this strategy needs a verifier and none was chosen")
@@ -143,15 +158,76 @@ class Context:
             if not deadline.expired():
                 raise
             self.fell_short("deadline")
-            raise OutOfTime("the deadline passed before the verifier had an opinion") from None
+            raise BudgetSpent("the deadline passed before the verifier had an opinion") from None
         if len(verdicts) != len(candidates):
             raise VerifierFailed(
                 f"verifier '{self.verifier.kind}' gave {len(verdicts)} verdicts "
                 f"on {len(candidates)} candidates"
             )
         for candidate, verdict in zip(candidates, verdicts, strict=True):
-            self.emit(Scored(index=candidate.index, score=verdict.score, tokens=verdict.tokens))
+            self.emit(Scored(index=candidate.index, score=verdict.score))
         return verdicts
+
+    async def read(
+        self, prefixes: Sequence[tuple[int, ...]], labels: tuple[int, ...], *, adapter: str
+    ) -> list[tuple[float, ...]]:
+        """How likely an adapter finds each label after each prefix: log-probabilities, in nats.
+
+        All at once, before what is being generated, at one token each; what the run has read before
+        costs nothing.
+
+        Raises:
+            BudgetSpent: The tokens do not suffice.
+        """
+        known = self._read_so_far.setdefault((adapter, labels), {})
+        fresh = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in known]
+        async with _Flight[tuple[int, ...]](self) as flight:
+            for prefix in fresh:
+                lease = self.budget.reserve(1, sample=False)
+                if lease is None:
+                    self.fell_short("exhausted")
+                    raise BudgetSpent("the tokens ran out before the verifier had an opinion")
+                generation = Generation(
+                    index=self.number(),
+                    token_ids=prefix,
+                    max_tokens=1,
+                    adapter=adapter,
+                    labels=labels,
+                    priority=-1,
+                )
+                flight.start(generation.index, lease, self._ask(generation, lease, flight, known))
+            async for _ in flight.arrivals:
+                pass
+        return [known[prefix] for prefix in prefixes]
+
+    async def _ask(
+        self,
+        generation: Generation,
+        lease: Lease,
+        flight: "_Flight[tuple[int, ...]]",
+        known: dict[tuple[int, ...], tuple[float, ...]],
+    ) -> tuple[int, ...]:
+        flight.leased.pop(generation.index)
+        sequence, likely = _Sequence(), ()
+        try:
+            async with aclosing(self.engine.generate(generation)) as chunks:
+                async for chunk in chunks:
+                    sequence.add(chunk)
+                    likely = chunk.label_logprobs or likely
+            if len(likely) != len(generation.labels):
+                raise VerifierFailed(f"'{generation.adapter}' said nothing of its labels")
+            known[generation.token_ids] = likely
+            return generation.token_ids
+        finally:
+            flight.running.discard(generation.index)
+            lease.settle(len(sequence.token_ids))
+            self.emit(
+                Read(
+                    tokens=len(sequence.token_ids),
+                    prompt_tokens=sequence.prompt_tokens,
+                    cached_tokens=sequence.cached_tokens,
+                )
+            )
 
     def vote(self, candidate: Candidate, answer: str, weight: float) -> None:
         """Put a vote on record."""
@@ -260,18 +336,16 @@ class Sampling:
         self._ctx = ctx
         self._problem = problem
         self._n = n
-        self._arrivals: Arrivals[tuple[int, Candidate | None]] = Arrivals()
+        self._flight: _Flight[tuple[int, Candidate | None]] = _Flight(ctx, self._never_begun)
+        self._arrivals = self._flight.arrivals
         self._watch = Group()
-        self._leased: dict[int, Lease] = {}
-        """Leases of sequences whose task has not begun."""
-        self._running: set[int] = set()
         self._unseen: set[int] = set()
         self._usable = 0
         self._late = False
         """Whether the deadline has passed: what exists of a sample then is the sample."""
 
     async def __aenter__(self) -> Self:
-        await self._arrivals.__aenter__()
+        await self._flight.__aenter__()
         await self._watch.__aenter__()
         self.start(self._n)
         if (seconds := self._ctx.budget.seconds_left) is not None:
@@ -286,14 +360,8 @@ class Sampling:
     ) -> None:
         try:
             await self._watch.__aexit__(kind, error, trace)
-            if self._running:
-                await self._ctx.engine.abort(tuple(self._running))
-                await self._arrivals.over(GRACE_SECONDS)
         finally:
-            await self._arrivals.__aexit__(kind, error, trace)
-            for index, lease in self._leased.items():  # cancelled before it had begun
-                lease.settle(0)
-                self._ctx.emit(Aborted(index=index, tokens=0, prompt_tokens=0, cached_tokens=0))
+            await self._flight.__aexit__(kind, error, trace)
 
     def __aiter__(self) -> Self:
         return self
@@ -355,17 +423,25 @@ class Sampling:
         started: list[int] = []
         for draw in asked[:n]:
             room = self._room(draw)
-            lease = budget.reserve(room if share is None else min(room, share))
+            wanted = room if share is None else min(room + self._aside(room), share)
+            lease = budget.reserve(wanted)
             if lease is None:
                 break
             index = self._ctx.number()
             self._ctx.emit(Started(index=index, tokens=lease.tokens))
-            self._leased[index] = lease
-            self._running.add(index)
+            tokens = lease.tokens if share is None else lease.tokens - self._aside(lease.tokens)
             self._unseen.add(index)
-            self._arrivals.start(self._sample(index, draw))
+            self._flight.start(index, lease, self._sample(index, draw, min(room, tokens)))
             started.append(index)
         return started
+
+    def _aside(self, tokens: int) -> int:
+        """How many of so many tokens are to be left for the verifier."""
+        verifier = self._ctx.verifier
+        return 0 if verifier is None or tokens < 2 else min(verifier.aside(tokens), tokens - 1)
+
+    def _never_begun(self, index: int) -> None:
+        self._ctx.emit(Aborted(index=index, tokens=0, prompt_tokens=0, cached_tokens=0))
 
     def _room(self, draw: Draw) -> int:
         """How many tokens a sequence may have, the budget aside."""
@@ -376,19 +452,19 @@ class Sampling:
     async def _end_at_deadline(self, seconds: float) -> None:
         await asyncio.sleep(max(0.0, seconds))
         self._late = True
-        if self._running:
+        if self._flight.running:
             self._ctx.fell_short("deadline")
-            await self._ctx.engine.abort(tuple(self._running))
+            await self._ctx.engine.abort(tuple(self._flight.running))
 
-    async def _sample(self, index: int, draw: Draw) -> tuple[int, Candidate | None]:
+    async def _sample(self, index: int, draw: Draw, tokens: int) -> tuple[int, Candidate | None]:
         """One sequence from start to answer; what was spent is settled however it ends."""
-        lease = self._leased.pop(index)
+        lease = self._flight.leased.pop(index)
         ctx, problem, after = self._ctx, self._problem, draw.after
         place = index if draw.place is None else draw.place
         generation = Generation(
             index=index,
             token_ids=problem.token_ids + (() if after is None else after.token_ids),
-            max_tokens=lease.tokens,
+            max_tokens=tokens,
             continues=None if after is None else after.index,
             seed=None if problem.seed is None else problem.seed + place,
             greedy=draw.greedy,
@@ -418,10 +494,10 @@ class Sampling:
                     candidate = replace(candidate, answer=answer)
             return index, candidate
         finally:
-            self._running.discard(index)
+            self._flight.running.discard(index)
             lease.settle(len(sequence.token_ids))
             if candidate is not None:
-                if candidate.finish_reason == "length" and lease.tokens < self._room(draw):
+                if candidate.finish_reason == "length" and tokens < self._room(draw):
                     ctx.fell_short("exhausted")
                 ctx.emit(Sampled(candidate=candidate))
             else:
@@ -433,6 +509,47 @@ class Sampling:
                         cached_tokens=sequence.cached_tokens,
                     )
                 )
+
+
+class _Flight(Generic[T]):
+    """Sequences that one block has in the engine; leaving it aborts those that still run.
+
+    `never_begun` hears of those that were cancelled before they could begin.
+    """
+
+    def __init__(self, ctx: Context, never_begun: Callable[[int], None] = lambda index: None):
+        self._ctx = ctx
+        self._never_begun = never_begun
+        self.arrivals: Arrivals[T] = Arrivals()
+        self.leased: dict[int, Lease] = {}
+        """Leases of sequences whose task has not begun; it takes its own."""
+        self.running: set[int] = set()
+
+    def start(self, index: int, lease: Lease, work: Coroutine[Any, Any, T]) -> None:
+        """Start the task of a sequence."""
+        self.leased[index] = lease
+        self.running.add(index)
+        self.arrivals.start(work)
+
+    async def __aenter__(self) -> Self:
+        await self.arrivals.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if self.running:
+                await self._ctx.engine.abort(tuple(self.running))
+                await self.arrivals.over(GRACE_SECONDS)
+        finally:
+            await self.arrivals.__aexit__(kind, error, trace)
+            for index, lease in self.leased.items():
+                lease.settle(0)
+                self._never_begun(index)
 
 
 class _Sequence:

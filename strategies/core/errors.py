@@ -27,8 +27,8 @@ class VerifierFailed(MullError):
     """
 
 
-class OutOfTime(MullError):
-    """The deadline passed; whoever asked makes do with what there is."""
+class BudgetSpent(MullError):
+    """The deadline passed, or the tokens ran out; whoever asked makes do with what there is."""
 
 
 class EngineUnavailable(MullError):

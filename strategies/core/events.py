@@ -47,11 +47,19 @@ class Aborted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A verifier judged a candidate, at the price of `tokens`."""
+    """A verifier judged a candidate."""
 
     index: int
     score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """A verifier asked a model something, at the price of `tokens`."""
+
     tokens: int
+    prompt_tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,4 +96,4 @@ class Failed:
     error: str = ""
 
 
-Event = Started | Grown | Sampled | Aborted | Scored | Voted | Committed | Chosen | Failed
+Event = Started | Grown | Sampled | Aborted | Scored | Read | Voted | Committed | Chosen | Failed

@@ -115,6 +115,16 @@ class FakeEngine:
 
     def _script(self, generation: Generation) -> list[Chunk]:
         """All chunks of a sequence; an empty text is one chunk without a token."""
+        if generation.labels:
+            likely = tuple(-1.0 - at for at in range(len(generation.labels)))
+            return [
+                Chunk(
+                    token_ids=(0,),
+                    label_logprobs=likely,
+                    finish_reason="length",
+                    prompt_tokens=len(generation.token_ids),
+                )
+            ]
         text = self._text(generation)
         written = pieces(text)
         finish: FinishReason = "stop"
@@ -159,7 +169,10 @@ def _likeliest(logprob: float, k: int) -> tuple[float, ...]:
 
 
 class FakeVerifier:
-    """A `Verifier` that scores by a function of the candidate, after `seconds` of thought."""
+    """A `Verifier` that scores by a function of the candidate, after `seconds` of thought.
+
+    With `reads`, it asks the engine of each candidate first, for a token.
+    """
 
     def __init__(
         self,
@@ -167,13 +180,19 @@ class FakeVerifier:
         *,
         logprobs: int | None = None,
         seconds: float = 0.0,
+        reads: bool = False,
     ) -> None:
         self._score = score
         self._seconds = seconds
+        self._reads = reads
         self.logprobs = logprobs
         self.stepwise = True
         self.judged: list[int] = []
         """Indices of the candidates, in the order judged."""
+
+    def aside(self, tokens: int) -> int:
+        """Nothing, unless it reads."""
+        return max(1, tokens // 9) if self._reads else 0
 
     @property
     def kind(self) -> str:
@@ -185,6 +204,9 @@ class FakeVerifier:
     ) -> list[Verdict]:
         """One verdict per candidate."""
         await asyncio.sleep(self._seconds)
+        if self._reads:
+            prefixes = [problem.token_ids + one.token_ids for one in candidates]
+            await ctx.read(prefixes, (1, 2), adapter="fake")
         self.judged += [candidate.index for candidate in candidates]
         return [Verdict(score=self._score(candidate)) for candidate in candidates]
 

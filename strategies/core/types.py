@@ -53,6 +53,8 @@ class Generation:
     """None: none; 0: of the chosen tokens; k: of the k most likely tokens as well."""
     adapter: str | None = None
     """A LoRA adapter by name; None is what the client named."""
+    labels: tuple[int, ...] = ()
+    """With any, the one token generated does not matter: what counts is how likely these are."""
     priority: int = 0
     """Lower runs first."""
 
@@ -69,6 +71,8 @@ class Chunk:
     """Each token in words; as long as `logprobs`."""
     top_logprobs: tuple[tuple[float, ...], ...] = ()
     """Per token, of the k most likely tokens; empty unless k > 0 was asked for."""
+    label_logprobs: tuple[float, ...] = ()
+    """Of the labels asked for as the next token, in nats."""
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -129,8 +133,6 @@ class Verdict:
     """In [0, 1]; higher is better."""
     steps: tuple[float, ...] = ()
     """Per step, in [0, 1], where the verifier has them."""
-    tokens: int = 0
-    """Tokens generated to reach the opinion."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.score <= 1.0:  # also refuses NaN

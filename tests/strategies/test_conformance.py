@@ -25,8 +25,8 @@ from strategies.core.events import (
     Committed,
     Event,
     Grown,
+    Read,
     Sampled,
-    Scored,
     Started,
 )
 from strategies.core.strategy import Strategy
@@ -151,13 +151,15 @@ class Story:
         samples: Sequence[tuple[int, str | None]],
         delays: Sequence[float],
         eighths: Sequence[int],
+        reads: bool = False,
     ) -> None:
         self.samples = samples
         self.delays = delays
         self.eighths = eighths
+        self.reads = reads
 
     def __repr__(self) -> str:
-        return f"Story({self.samples}, {self.delays}, {self.eighths})"
+        return f"Story({self.samples}, {self.delays}, {self.eighths}, {self.reads})"
 
     def text(self, generation: Generation) -> str:
         words, answer = self.samples[generation.index % len(self.samples)]
@@ -181,8 +183,8 @@ def delays(*values: float) -> st.SearchStrategy[list[float]]:
     return st.lists(st.sampled_from(values), min_size=1, max_size=N)
 
 
-stories = st.builds(Story, samples, delays(0.0, 0.25, 1.0), eighths)
-slow_stories = st.builds(Story, samples, delays(0.25, 0.5, 1.5), eighths)
+stories = st.builds(Story, samples, delays(0.0, 0.25, 1.0), eighths, st.booleans())
+slow_stories = st.builds(Story, samples, delays(0.25, 0.5, 1.5), eighths, st.booleans())
 limits = st.builds(
     Limits, tokens=st.integers(1, 80) | st.none(), samples=st.integers(1, 2 * N) | st.none()
 )
@@ -207,7 +209,9 @@ class Watched:
         self.ctx = context(
             self.engine,
             limits=self.limits,
-            verifier=(verifier or FakeVerifier(story.score)) if strategy.judged_by() else None,
+            verifier=(verifier or FakeVerifier(story.score, reads=story.reads))
+            if strategy.judged_by()
+            else None,
             answer_format=strategy.answer,
             clock=self.loop.time,
         )
@@ -238,7 +242,7 @@ class Watched:
         assert self.engine.running == 0, "nothing runs in the engine"
         started = {event.index: event.tokens for event in events if isinstance(event, Started)}
         ended: dict[int, int] = {}
-        written = judged = 0
+        written = read = 0
         for event in events:
             match event:
                 case Sampled(candidate=candidate):
@@ -249,15 +253,17 @@ class Watched:
                     ended[event.index] = event.tokens
                 case Grown():
                     written += len(event.chunk.token_ids)
-                case Scored():
-                    judged += event.tokens
+                case Read():
+                    read += event.tokens
                 case _:
                     pass
         assert started.keys() == ended.keys(), "whatever starts ends"
         assert all(ended[index] <= started[index] for index in started)
-        assert sum(ended.values()) == written == self.engine.tokens == budget.spent - judged
+        assert sum(ended.values()) == written
+        assert written + read == self.engine.tokens == budget.spent
         assert budget.reserved == 0
-        assert self.engine.calls <= len(started)
+        reads = sum(isinstance(event, Read) for event in events)
+        assert self.engine.calls <= len(started) + reads
         if self.limits.tokens is not None:
             assert budget.spent <= self.limits.tokens
         if self.limits.samples is not None:
@@ -335,7 +341,10 @@ def test_cancelled_at_any_moment_it_adds_up_and_nothing_runs_on(
 ):
     async def main() -> None:
         watched = Watched(
-            strategy, story, limits, verifier=FakeVerifier(story.score, seconds=thinking)
+            strategy,
+            story,
+            limits,
+            verifier=FakeVerifier(story.score, seconds=thinking, reads=story.reads),
         )
         solving = asyncio.create_task(watched.solve())
         for seconds, turns in pauses:
@@ -396,10 +405,10 @@ def test_the_deadline_is_kept_and_what_exists_by_then_is_the_answer(
     strategy: Strategy, story: Story, quarters: int, thinking: float
 ):
     seconds = quarters / 4 + 0.1  # no token falls on it
-    late = LATE_SECONDS if thinking and strategy.judged_by() else 0.0
+    late = LATE_SECONDS if (thinking or story.reads) and strategy.judged_by() else 0.0
 
     async def main() -> None:
-        verifier = FakeVerifier(story.score, seconds=thinking)
+        verifier = FakeVerifier(story.score, seconds=thinking, reads=story.reads)
         watched = Watched(strategy, story, Limits(seconds=seconds), verifier=verifier)
         try:
             outcome = await watched.solve()
