@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Generator
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from heapq import heappop, heappush
 from time import monotonic
 
 from strategies.core.engine import Engine
 from strategies.core.errors import Busy
-from strategies.core.types import Chunk, Generation
+from strategies.core.types import Chunk, Generation, Labels
 
 
 class Admission:
@@ -109,6 +109,11 @@ class Admitted:
         if index in self._ended:
             yield Chunk(finish_reason="abort")
             return
+        if generation.labels:  # a verifier's single token is what candidates wait for
+            async with aclosing(self._engine.generate(generation)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
         self._tag, given = self._gate.ask(self._tag)
         self._asking[index] = given
         try:
@@ -131,6 +136,10 @@ class Admitted:
                 await sequence.aclose()
             finally:
                 self._gate.leave()
+
+    async def labels(self, adapter: str) -> Labels:
+        """See `Engine.labels`."""
+        return await self._engine.labels(adapter)
 
     async def tokens_with(self, text: str) -> Collection[int]:
         """See `Engine.tokens_with`."""

@@ -70,4 +70,4 @@ def refusal(error: ValidationError, *, inside: str) -> InvalidRequest:
 def nearest(name: str, known: list[str]) -> str:
     """A hint for a wrong name: the nearest right one, or all of them."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"

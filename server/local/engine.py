@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing, suppress
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from vllm.inputs import EngineInput, tokens_input
@@ -17,8 +18,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from server.adapters import MANIFEST, read_manifest
 from strategies.core.errors import EngineUnavailable, InvalidRequest
-from strategies.core.types import Chunk, Generation
+from strategies.core.types import Chunk, Generation, Labels
 
 MOST_ENDS = 8192
 """Tokens that may end a step: vLLM looks through them at every token."""
@@ -34,6 +36,7 @@ class Client:
     generate: Callable[..., AsyncGenerator[RequestOutput, None]]
     abort: Callable[[list[str]], Awaitable[None]]
     vocabulary: "Vocabulary"
+    judges: "Judges"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,11 @@ class LocalEngine:
         if generation.index in self._ended:
             yield Chunk(finish_reason="abort")
             return
+        if generation.labels:
+            async with aclosing(self._read(generation)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
         ends: Collection[int] = ()
         if generation.until is not None:
             ends = await self.tokens_with(generation.until)
@@ -90,11 +98,9 @@ class LocalEngine:
         prompt = self._asked.prompt
         if generation.token_ids != self._prompt_ids:
             prompt = tokens_input(list(generation.token_ids))
-        options = dict(self._asked.options)
-        options["priority"] = options.get("priority", 0) + generation.priority
-        if generation.adapter is not None:
-            options["lora_request"] = self._adapter(generation.adapter)
-        sequence = self._client.generate(prompt, params, self._id(generation.index), **options)
+        sequence = self._client.generate(
+            prompt, params, self._id(generation.index), **self._options(generation)
+        )
         try:
             async with aclosing(sequence) as pieces:
                 async for piece in pieces:
@@ -109,6 +115,37 @@ class LocalEngine:
         self._ended |= set(indices)
         with suppress(EngineDeadError):  # then the readers know already
             await self._client.abort([self._id(index) for index in indices])
+
+    async def _read(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
+        """One token, for the sake of how likely the labels are; nothing of it is kept."""
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            logprob_token_ids=list(generation.labels),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        sequence = self._client.generate(
+            tokens_input(list(generation.token_ids)),
+            params,
+            self._id(generation.index),
+            **self._options(generation),
+        )
+        async with aclosing(sequence) as pieces:
+            async for piece in pieces:
+                output = piece.outputs[0]
+                [at] = cast(list[dict[int, Logprob]], output.logprobs or [{}])
+                yield Chunk(
+                    token_ids=tuple(output.token_ids),
+                    label_logprobs=tuple(at[one].logprob for one in generation.labels if one in at),
+                    finish_reason=_finish(output.finish_reason),
+                    prompt_tokens=len(piece.prompt_token_ids or ()) if output.token_ids else 0,
+                    cached_tokens=piece.num_cached_tokens or 0,
+                )
+
+    async def labels(self, adapter: str) -> Labels:
+        """See `Engine.labels`."""
+        return await self._client.judges.labels(adapter)
 
     async def tokens_with(self, text: str) -> Collection[int]:
         """See `Engine.tokens_with`."""
@@ -130,6 +167,13 @@ class LocalEngine:
             output.stop_reason = other.outputs[0].stop_reason
             merged.num_cached_tokens = other.num_cached_tokens
         return merged
+
+    def _options(self, generation: Generation) -> dict[str, Any]:
+        options = dict(self._asked.options)
+        options["priority"] = options.get("priority", 0) + generation.priority
+        if generation.adapter is not None:
+            options["lora_request"] = self._adapter(generation.adapter)
+        return options
 
     def _id(self, index: int) -> str:
         return f"{self._name}-{index}"
@@ -232,6 +276,42 @@ class Vocabulary:
             tokenizer = self._tokenizer()
             words = self._words = tokenizer.batch_decode([[at] for at in range(len(tokenizer))])
         return frozenset(at for at, word in enumerate(words) if text in word)
+
+
+class Judges:
+    """The labels of the adapters that judge, read from their folders as they are asked for."""
+
+    def __init__(self, adapter: Callable[[str], LoRARequest], tokenizer: Callable[[], Any]) -> None:
+        self._adapter = adapter
+        self._tokenizer = tokenizer
+        self._known: dict[str, Labels] = {}
+        """By folder: an adapter's files do not change."""
+
+    async def labels(self, name: str) -> Labels:
+        """See `Engine.labels`."""
+        folder = self._adapter(name).path
+        if folder not in self._known:
+            self._known[folder] = await asyncio.to_thread(self._read, name, folder)
+        return self._known[folder]
+
+    def _read(self, name: str, folder: str) -> Labels:
+        manifest = read_manifest(Path(folder))
+        if manifest is None or manifest.labels is None:
+            raise InvalidRequest(
+                f"adapter '{name}' does not judge: its {MANIFEST} names no labels",
+                field="verifier.adapter",
+            )
+        tokenizer = self._tokenizer()
+        good, bad = (
+            tokenizer.convert_tokens_to_ids(token)
+            for token in (manifest.labels.good, manifest.labels.bad)
+        )
+        if None in (good, bad) or tokenizer.unk_token_id in (good, bad):
+            raise InvalidRequest(
+                f"the labels of adapter '{name}' are no tokens of the model",
+                field="verifier.adapter",
+            )
+        return Labels(good=good, bad=bad, delimiter=manifest.delimiter)
 
 
 def _own_stops(params: SamplingParams) -> list[str]:

@@ -16,10 +16,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from server import metrics
 from server.admission import Admission
-from server.errors import handle, reply_to
+from server.errors import handle, nearest, reply_to
 from server.local.chat import Chat, teach
 from server.local.client import Reasoner
-from server.local.engine import Client, Vocabulary
+from server.local.engine import Client, Judges, Vocabulary
 from server.middleware import Choosing
 from server.routes import models, traces
 from server.routes import strategies as routes
@@ -81,6 +81,7 @@ class Plugin:
                 generate=engine.generate,
                 abort=engine.abort,
                 vocabulary=Vocabulary(engine.get_tokenizer),
+                judges=Judges(self._adapter, engine.get_tokenizer),
             ),
             admission=admission,
             store=state.store,
@@ -101,7 +102,10 @@ class Plugin:
             {} if self._state is None else self._state.openai_serving_models.lora_requests
         )
         if name not in known:
-            raise InvalidRequest(f"there is no adapter '{name}'", field="adapter")
+            raise InvalidRequest(
+                f"there is no adapter '{name[:200]}'; {nearest(name, list(known))}",
+                field="verifier.adapter",
+            )
         return known[name]
 
 

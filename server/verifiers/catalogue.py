@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from server.errors import nearest, refusal
+from server.verifiers.adapter_verifier import AdapterVerifier
 from server.verifiers.rules import RULES
 from strategies.core.context import Verifier
 from strategies.core.errors import InvalidRequest
@@ -12,7 +13,8 @@ from strategies.core.strategy import VerifierChoice
 from strategies.likelihood import Likelihood, SelfCertainty
 
 VERIFIERS: dict[str, type[BaseModel]] = {
-    str(model.model_fields["kind"].default): model for model in (Likelihood, SelfCertainty, *RULES)
+    str(model.model_fields["kind"].default): model
+    for model in (Likelihood, SelfCertainty, AdapterVerifier, *RULES)
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Collection
 from typing import Protocol
 
-from strategies.core.types import Chunk, Generation
+from strategies.core.types import Chunk, Generation, Labels
 
 
 class Engine(Protocol):
@@ -18,6 +18,14 @@ class Engine(Protocol):
         Raises:
             InvalidRequest: The engine refuses the request.
             EngineUnavailable: The engine is dead or full.
+        """
+        ...
+
+    async def labels(self, adapter: str) -> Labels:
+        """The labels of an adapter that judges.
+
+        Raises:
+            InvalidRequest: There is no such adapter, or it does not judge.
         """
         ...
 

@@ -15,7 +15,15 @@ from strategies.core.context import Context, Verifier
 from strategies.core.engine import Engine
 from strategies.core.events import Event
 from strategies.core.sandbox import Sandbox
-from strategies.core.types import Candidate, Chunk, FinishReason, Generation, Problem, Verdict
+from strategies.core.types import (
+    Candidate,
+    Chunk,
+    FinishReason,
+    Generation,
+    Labels,
+    Problem,
+    Verdict,
+)
 
 
 def pieces(text: str) -> tuple[str, ...]:
@@ -92,6 +100,10 @@ class FakeEngine:
             raise
         finally:
             self.running -= 1
+
+    async def labels(self, adapter: str) -> Labels:
+        """The same for any adapter."""
+        return Labels(good=1, bad=2)
 
     async def tokens_with(self, text: str) -> Collection[int]:
         """Of the pieces written so far."""

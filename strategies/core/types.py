@@ -60,6 +60,17 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """How an adapter says what it thinks of a step: with the next token after it."""
+
+    good: int
+    """The id of the token that says that all is right so far."""
+    bad: int
+    delimiter: str = "\n"
+    """Ends a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """A piece of a sequence, in order; the last one carries `finish_reason`."""
 
