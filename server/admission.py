@@ -1,7 +1,7 @@
 """How much may run at once: a bound on requests, and slots for candidates, shared fairly."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Generator
+from collections.abc import AsyncGenerator, Collection, Generator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from heapq import heappop, heappush
 from time import monotonic
@@ -136,6 +136,15 @@ class Admitted:
                 await sequence.aclose()
             finally:
                 self._gate.leave()
+
+    @property
+    def ends(self) -> Collection[int]:
+        """See `Engine.ends`."""
+        return self._engine.ends
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Engine.decode`."""
+        return await self._engine.decode(token_ids)
 
     async def labels(self, adapter: str) -> Labels:
         """See `Engine.labels`."""

@@ -60,6 +60,19 @@ _REFUSED: dict[str, str] = {
 
 _ONE_IS_NOTHING = ("best_of", "length_penalty")
 
+_SHAPES: dict[str, tuple[object, ...]] = {
+    "temperature": (0, 1),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "stop": ([], ""),
+}
+"""What changes the probabilities of tokens, or ends them by words, with what leaves them alone."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -174,6 +187,14 @@ def select(strategy: Strategy, limits: Limits, request: JSON) -> tuple[JSON, Sel
             raise InvalidRequest(
                 f"'{field}' cannot be combined with a strategy: {reason}", field=field
             )
+    if not strategy.random():
+        for field, harmless in _SHAPES.items():
+            if (value := request.get(field)) is not None and value not in harmless:
+                raise InvalidRequest(
+                    f"'{field}' cannot be combined with {strategy.kind} over tokens, which goes by "
+                    "the model's own probabilities",
+                    field=field,
+                )
     answers = request.get("n")
     if isinstance(answers, int) and not 1 <= answers <= strategy.most():
         raise InvalidRequest(

@@ -71,7 +71,9 @@ class Trace:
             candidate = event.candidate
             own = candidate.token_ids[candidate.inherited :]
             bare = replace(candidate, text="", token_ids=own, inherited=0)
-            event = Sampled(candidate=replace(bare, logprobs=(), pieces=(), top_logprobs=()))
+            event = Sampled(
+                candidate=replace(bare, logprobs=(), pieces=(), top_logprobs=(), top_token_ids=())
+            )
         timed = (time.monotonic() - self._started, event)
         if not isinstance(event, Grown):
             self.events.append(timed)

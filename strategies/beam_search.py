@@ -10,12 +10,16 @@ from pydantic import Field, model_validator
 from strategies.best_of_n import Select, elect
 from strategies.core.context import Context, Draw, Sampling
 from strategies.core.errors import BudgetSpent, NoCandidate
+from strategies.core.hypotheses import Hypotheses, Hypothesis
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import Allocate, Beam, Frontier
 from strategies.core.types import Candidate, Outcome, Problem, Verdict
 
 MOST_DRAWS = 256
 """Sequences that one round may have."""
+
+WIDEST_BY_TOKEN = 10
+"""It takes the `2 * width` likeliest tokens, and vLLM tells 20 unless it is told otherwise."""
 
 
 class BeamSearch(Strategy, frozen=True):
@@ -30,11 +34,14 @@ class BeamSearch(Strategy, frozen=True):
     many further greedy steps. Each step is scored as soon as it is drawn, and subtrees do not wait
     for each other. A solution that a limit cut short wins only if no other ended by itself. Ties go
     to the earliest draw.
+
+    Level `token` is the classic search for the likeliest answer (Graves 2012), without sampling and
+    without a verifier, as `transformers` does it; of width 1, it is greedy decoding.
     """
 
     cost: ClassVar[str] = (
         "at most max_steps rounds of width * branch steps, each judged once; "
-        "lookahead adds so many steps to each"
+        "lookahead adds so many steps to each; level token: width tokens for each token"
     )
     paper: ClassVar[str] = (
         "Snell et al. 2024, Scaling LLM Test-Time Compute Optimally, arXiv:2408.03314; "
@@ -43,6 +50,9 @@ class BeamSearch(Strategy, frozen=True):
     stepwise: ClassVar[bool] = True
 
     kind: Literal["beam_search"] = "beam_search"
+    level: Literal["step", "token"] = Field(
+        default="step", description="Whether beams grow by steps or by tokens."
+    )
     width: int = Field(default=4, ge=1, le=64, description="Solutions that grow side by side.")
     branch: int = Field(default=4, ge=1, le=64, description="Steps drawn for each of them.")
     allocate: Allocate = Field(default="top_k", description="Who grows after each round.")
@@ -72,9 +82,28 @@ class BeamSearch(Strategy, frozen=True):
         "`resample`, where it is 1.",
     )
 
+    length_penalty: float | None = Field(
+        default=None,
+        ge=-10,
+        le=10,
+        description="For level `token`, where it is 1: a hypothesis scores its log-probability "
+        "over its length to this power.",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.width * self.branch > MOST_DRAWS:
+        for name, field in type(self).model_fields.items():
+            if (
+                self.level == "token"
+                and name not in ("kind", "level", "answer", "width", "length_penalty")
+                and getattr(self, name) != field.default
+            ):
+                raise ValueError(f"'{name}' is for level 'step'")
+        if self.level == "step" and self.length_penalty is not None:
+            raise ValueError("'length_penalty' needs level 'token'")
+        if self.level == "token" and self.width > WIDEST_BY_TOKEN:
+            raise ValueError(f"'width' may be {WIDEST_BY_TOKEN} at most with level 'token'")
+        if self.level == "step" and self.width * self.branch > MOST_DRAWS:
             raise ValueError(f"'width' times 'branch' may be {MOST_DRAWS} at most")
         if self.spread is not None and self.allocate not in ("balanced", "resample"):
             raise ValueError("'spread' needs allocate 'balanced' or 'resample'")
@@ -84,12 +113,18 @@ class BeamSearch(Strategy, frozen=True):
         """One answer of each beam."""
         return self.width
 
-    def judged_by(self) -> VerifierChoice:
+    def random(self) -> bool:
+        """Over tokens, nothing is drawn."""
+        return self.level == "step"
+
+    def judged_by(self) -> VerifierChoice | None:
         """The verifier that scores every step."""
-        return self.verifier
+        return self.verifier if self.level == "step" else None
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Draw, judge, advance, until every frontier is done or the budget is."""
+        if self.level == "token":
+            return await self._by_token(problem, ctx)
         async with ctx.sampling(problem, 0) as drawing:
             search = _Search(self, problem, ctx, drawing)
             search.advance()
@@ -108,6 +143,71 @@ class BeamSearch(Strategy, frozen=True):
         if not found:
             raise NoCandidate("the budget ran out before the first step had a single token")
         return await elect(problem, ctx, [one for _, one in found], scores, self.select)
+
+    async def _by_token(self, problem: Problem, ctx: Context) -> Outcome:
+        """A round for each token: the likeliest ones after each hypothesis, all at once."""
+        beams = Hypotheses(
+            width=self.width,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            ends=ctx.engine.ends,
+            longest=problem.max_tokens,
+        )
+        async with ctx.sampling(problem, 0) as drawing:
+            while not beams.over:
+                draws = [
+                    Draw(
+                        after=_before(one),
+                        max_tokens=1,
+                        place=at,
+                        greedy=True,
+                        likeliest=2 * self.width,
+                    )
+                    for at, one in enumerate(beams.running)
+                ]
+                started = drawing.start(draws)
+                drawn: dict[int, Candidate] = {}
+                while more := await drawing.some():
+                    drawn |= {candidate.index: candidate for candidate in more}
+                if len(started) < len(draws) or len(drawn) < len(draws):
+                    break  # the budget ran out within this round
+                tokens = [
+                    list(zip(one.top_token_ids[-1], one.top_logprobs[-1], strict=True))
+                    for one in (drawn[index] for index in started)
+                ]
+                beams.extend(tokens, started)
+        best = [*beams.finished, *beams.running]
+        best.sort(key=lambda one: (one not in beams.finished, -beams.score(one)))
+        if not best[0].token_ids:
+            raise NoCandidate("the budget ran out before the first token")
+        by_call: dict[int, Hypothesis] = {}
+        for one in best:  # only `max_tokens` can end several with one call: then the best of them
+            by_call.setdefault(one.origin or 0, one)
+        return await ctx.choose(
+            problem,
+            [await self._whole(one, ctx) for one in by_call.values()],
+            scores={call: beams.score(one) for call, one in by_call.items()},
+        )
+
+    async def _whole(self, one: Hypothesis, ctx: Context) -> Candidate:
+        """A hypothesis as a candidate."""
+        text = await ctx.engine.decode(one.token_ids)
+        stopped = one.token_ids[-1] in ctx.engine.ends
+        return Candidate(
+            index=one.origin or 0,
+            text=text,
+            token_ids=one.token_ids,
+            finish_reason="stop" if stopped else "length",
+            answer=await ctx.answer(text, one.token_ids),
+            inherited=len(one.token_ids) - 1,
+            logprobs=one.logprobs,
+        )
+
+
+def _before(one: Hypothesis) -> Candidate | None:
+    """What a hypothesis has so far, to go on with."""
+    if one.origin is None:
+        return None
+    return Candidate(index=one.origin, text="", token_ids=one.token_ids, finish_reason="step")
 
 
 @dataclass(frozen=True, slots=True)

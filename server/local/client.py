@@ -116,15 +116,15 @@ class Reasoner:
         if last is None:
             last = _whole(engine, outcome)
         for output, candidate in zip(last.outputs, outcome.ranked, strict=True):
-            cut = candidate.finish_reason == "step"  # by the end of the search, not by a step's
-            output.finish_reason = "length" if cut else candidate.finish_reason
+            if candidate.finish_reason != "step":  # `length` where a deadline cut it off
+                output.finish_reason = candidate.finish_reason
         yield _as(last, asked)
 
 
 def _whole(engine: LocalEngine, outcome: Outcome) -> RequestOutput:
     """The answers that were asked for, best first, as the one output of the request."""
-    whole = engine.whole(outcome.chosen.index)
-    whole.outputs = [engine.whole(one.index).outputs[0] for one in outcome.ranked]
+    whole = engine.answer(outcome.chosen)
+    whole.outputs = [engine.answer(one).outputs[0] for one in outcome.ranked]
     for rank, output in enumerate(whole.outputs):
         output.index = rank
     whole.finished = True

@@ -4,7 +4,7 @@ One sequence a call, token ids in and out, aborted when its reader leaves.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from copy import copy
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.adapters import MANIFEST, read_manifest
 from strategies.core.errors import EngineUnavailable, InvalidRequest
-from strategies.core.types import Chunk, Generation, Labels
+from strategies.core.types import Candidate, Chunk, Generation, Labels
 
 MOST_ENDS = 8192
 """Tokens that may end a step: vLLM looks through them at every token."""
@@ -143,6 +143,16 @@ class LocalEngine:
                     cached_tokens=piece.num_cached_tokens or 0,
                 )
 
+    @property
+    def ends(self) -> Collection[int]:
+        """See `Engine.ends`; the client's own stop tokens are among them."""
+        return self._client.vocabulary.ends | set(self._asked.params.stop_token_ids or ())
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Engine.decode`."""
+        special = self._asked.params.skip_special_tokens
+        return await self._client.vocabulary.decode(token_ids, skip_special_tokens=special)
+
     async def labels(self, adapter: str) -> Labels:
         """See `Engine.labels`."""
         return await self._client.judges.labels(adapter)
@@ -166,6 +176,18 @@ class LocalEngine:
             output.finish_reason = other.outputs[0].finish_reason
             output.stop_reason = other.outputs[0].stop_reason
             merged.num_cached_tokens = other.num_cached_tokens
+        return merged
+
+    def answer(self, candidate: Candidate) -> RequestOutput:
+        """A candidate as an output: a copy."""
+        merged = self.whole(candidate.index)
+        [output] = merged.outputs
+        if tuple(output.token_ids) != candidate.token_ids:  # chosen from what was likely
+            output.token_ids = list(candidate.token_ids)
+            output.text = candidate.text
+            output.cumulative_logprob = sum(candidate.logprobs)
+        cut = candidate.finish_reason == "step"  # by the end of the search, not by a step's
+        output.finish_reason = "length" if cut else candidate.finish_reason
         return merged
 
     def _options(self, generation: Generation) -> dict[str, Any]:
@@ -210,7 +232,7 @@ class LocalEngine:
         self._keep(generation.index, piece)
         logprobs: tuple[float, ...] = ()
         pieces: tuple[str, ...] = ()
-        top: tuple[tuple[float, ...], ...] = ()
+        top: tuple[tuple[tuple[int, float], ...], ...] = ()
         if generation.logprobs is not None and output.logprobs is not None:
             at_each = cast(list[dict[int, Logprob]], output.logprobs)
             chosen = [at[token] for at, token in zip(at_each, output.token_ids, strict=True)]
@@ -219,7 +241,9 @@ class LocalEngine:
             if generation.logprobs > 0:
                 top = tuple(
                     tuple(
-                        one.logprob for one in at.values() if (one.rank or 0) <= generation.logprobs
+                        (token, one.logprob)
+                        for token, one in at.items()
+                        if (one.rank or 0) <= generation.logprobs
                     )
                     for at in at_each
                 )
@@ -228,7 +252,8 @@ class LocalEngine:
             token_ids=tuple(output.token_ids),
             logprobs=logprobs,
             pieces=pieces,
-            top_logprobs=top,
+            top_logprobs=tuple(tuple(logprob for _, logprob in at) for at in top),
+            top_token_ids=tuple(tuple(token for token, _ in at) for at in top),
             finish_reason=finish,
             # A sequence that was aborted before its first token never had its prompt computed.
             prompt_tokens=len(piece.prompt_token_ids or ()) if output.token_ids else 0,
@@ -246,13 +271,21 @@ class LocalEngine:
 
 
 class Vocabulary:
-    """Which tokens hold a text; knows the words of every token once it was asked."""
+    """What the model's tokens say."""
 
-    def __init__(self, tokenizer: Callable[[], Any]) -> None:
+    def __init__(self, tokenizer: Callable[[], Any], ends: Collection[int]) -> None:
+        """`ends` are the tokens with which the model ends a sequence."""
+        self.ends = frozenset(ends)
         self._tokenizer = tokenizer
         self._searching = asyncio.Lock()
         self._words: list[str] | None = None
         self._found: dict[str, frozenset[int]] = {}
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """See `Engine.decode`."""
+        return await asyncio.to_thread(
+            self._tokenizer().decode, list(token_ids), skip_special_tokens=skip_special_tokens
+        )
 
     async def tokens_with(self, text: str) -> frozenset[int]:
         """See `Engine.tokens_with`."""

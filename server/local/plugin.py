@@ -80,7 +80,7 @@ class Plugin:
             Client(
                 generate=engine.generate,
                 abort=engine.abort,
-                vocabulary=Vocabulary(engine.get_tokenizer),
+                vocabulary=Vocabulary(engine.get_tokenizer, _ends(engine)),
                 judges=Judges(self._adapter, engine.get_tokenizer),
             ),
             admission=admission,
@@ -107,6 +107,14 @@ class Plugin:
                 field="verifier.adapter",
             )
         return known[name]
+
+
+def _ends(engine: Any) -> set[int]:
+    """The tokens with which the model ends a sequence, as vLLM finds them."""
+    config: dict[str, Any] = engine.vllm_config.model_config.try_get_generation_config()
+    ends: Any = config.get("eos_token_id")
+    ends = [*(ends if isinstance(ends, list) else [ends]), engine.get_tokenizer().eos_token_id]
+    return {end for end in ends if end is not None}
 
 
 def plugin() -> Plugin:

@@ -327,6 +327,8 @@ class Draw:
     """Which draw of the search it is, whenever it starts: its seed follows; None: its index."""
     greedy: bool = False
     """Whether each token is to be the likeliest."""
+    likeliest: int = 0
+    """How many of the likeliest tokens are wanted at each place."""
 
 
 class Sampling:
@@ -469,7 +471,7 @@ class Sampling:
             seed=None if problem.seed is None else problem.seed + place,
             greedy=draw.greedy,
             until=draw.until,
-            logprobs=None if ctx.verifier is None else ctx.verifier.logprobs,
+            logprobs=draw.likeliest or (None if ctx.verifier is None else ctx.verifier.logprobs),
             priority=1 if after else 1 + place,
         )
         sequence = _Sequence()
@@ -561,6 +563,7 @@ class _Sequence:
         self.logprobs: list[float] = []
         self.pieces: list[str] = []
         self.top_logprobs: list[tuple[float, ...]] = []
+        self.top_token_ids: list[tuple[int, ...]] = []
         self.finish_reason: FinishReason | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -571,6 +574,7 @@ class _Sequence:
         self.logprobs.extend(chunk.logprobs)
         self.pieces.extend(chunk.pieces)
         self.top_logprobs.extend(chunk.top_logprobs)
+        self.top_token_ids.extend(chunk.top_token_ids)
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self.prompt_tokens = chunk.prompt_tokens or self.prompt_tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
@@ -590,6 +594,7 @@ class _Sequence:
             logprobs=(*before.logprobs, *self.logprobs),
             pieces=(*before.pieces, *self.pieces),
             top_logprobs=(*before.top_logprobs, *self.top_logprobs),
+            top_token_ids=(*before.top_token_ids, *self.top_token_ids),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
         )

@@ -1,6 +1,6 @@
 """What a search needs of a language model, whoever runs it."""
 
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Protocol
 
 from strategies.core.types import Chunk, Generation, Labels
@@ -19,6 +19,15 @@ class Engine(Protocol):
             InvalidRequest: The engine refuses the request.
             EngineUnavailable: The engine is dead or full.
         """
+        ...
+
+    @property
+    def ends(self) -> Collection[int]:
+        """The tokens with which a sequence ends itself."""
+        ...
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Tokens in words."""
         ...
 
     async def labels(self, adapter: str) -> Labels:

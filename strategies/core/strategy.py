@@ -65,6 +65,10 @@ class Strategy(BaseModel, ABC, frozen=True):
         """The most samples that it draws, so the most distinct answers that it can give."""
         return 1
 
+    def random(self) -> bool:
+        """Whether it draws samples, as the request's sampling parameters say."""
+        return True
+
     def judged_by(self) -> VerifierChoice | None:
         """The verifier that the server must provide, if any."""
         return None

@@ -41,6 +41,10 @@ def surprise(piece: str) -> float:
     return -(crc32(piece.encode()) % 16 + 1) / 32
 
 
+END = "</s>"
+"""The piece with which the fake engine ends a sequence, where tokens decide that."""
+
+
 class FakeEngine:
     """An `Engine` that writes what it is told to, a token a chunk, and counts what it is asked.
 
@@ -69,6 +73,8 @@ class FakeEngine:
         """Sequences begun and not ended."""
         self.aborted: list[int] = []
         """Indices of the sequences that were aborted, closed or cancelled before their end."""
+        self.words: dict[int, str] = {encode(END)[0]: ""}
+        """By token id, what `decode` says."""
         self._ending: dict[int, asyncio.Event] = {}
 
     @property
@@ -100,6 +106,15 @@ class FakeEngine:
             raise
         finally:
             self.running -= 1
+
+    @property
+    def ends(self) -> Collection[int]:
+        """One piece."""
+        return encode(END)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Of the pieces that it was told of."""
+        return "".join(self.words.get(token, f"{token} ") for token in token_ids)
 
     async def labels(self, adapter: str) -> Labels:
         """The same for any adapter."""
@@ -168,6 +183,7 @@ class FakeEngine:
             logprobs=() if wanted is None else (logprob,),
             pieces=() if wanted is None else (piece,),
             top_logprobs=(_likeliest(logprob, wanted),) if wanted else (),
+            top_token_ids=(tuple(range(wanted)),) if wanted else (),
             finish_reason=finish,
             prompt_tokens=len(generation.token_ids),
         )

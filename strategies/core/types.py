@@ -82,6 +82,8 @@ class Chunk:
     """Each token in words; as long as `logprobs`."""
     top_logprobs: tuple[tuple[float, ...], ...] = ()
     """Per token, of the k most likely tokens; empty unless k > 0 was asked for."""
+    top_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Which tokens these are."""
     label_logprobs: tuple[float, ...] = ()
     """Of the labels asked for as the next token, in nats."""
     finish_reason: FinishReason | None = None
@@ -111,6 +113,7 @@ class Candidate:
     logprobs: tuple[float, ...] = ()
     pieces: tuple[str, ...] = ()
     top_logprobs: tuple[tuple[float, ...], ...] = ()
+    top_token_ids: tuple[tuple[int, ...], ...] = ()
     prompt_tokens: int = 0
     """Of the last sequence, whose prompt includes what it goes on with."""
     cached_tokens: int = 0
@@ -160,7 +163,7 @@ class Outcome:
     ranked: tuple[Candidate, ...]
     """The best candidate of each distinct answer, best first, as many as were asked for."""
     scores: Mapping[int, float] = field(default_factory=dict[int, float])
-    """By candidate index, where a verifier judged."""
+    """By candidate index, where a verifier judged; of a search over tokens, log-probabilities."""
     votes: Mapping[str, float] = field(default_factory=dict[str, float])
     """By answer, where there was a vote."""
     confidence: float | None = None
