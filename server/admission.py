@@ -8,7 +8,7 @@ from time import monotonic
 
 from strategies.core.engine import Engine
 from strategies.core.errors import Busy
-from strategies.core.types import Chunk, Generation, Labels
+from strategies.core.types import Chunk, Generation, Labels, Turn
 
 
 class Admission:
@@ -109,7 +109,7 @@ class Admitted:
         if index in self._ended:
             yield Chunk(finish_reason="abort")
             return
-        if generation.labels:  # a verifier's single token is what candidates wait for
+        if generation.apart:  # a verifier's few tokens are what candidates wait for
             async with aclosing(self._engine.generate(generation)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -141,6 +141,14 @@ class Admitted:
     def ends(self) -> Collection[int]:
         """See `Engine.ends`."""
         return self._engine.ends
+
+    async def render(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """See `Engine.render`."""
+        return await self._engine.render(turns)
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        """See `Engine.encode`."""
+        return await self._engine.encode(text)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """See `Engine.decode`."""

@@ -162,7 +162,7 @@ def told(timed: Timed) -> dict[str, Any]:
             if candidate.parent is not None:
                 said |= {"parent": candidate.parent}
         case Scored():
-            said |= {"index": event.index, "score": event.score}
+            said |= {"index": event.index, "score": event.score, "steps": list(event.steps)}
         case Read():
             said |= {"tokens": event.tokens}
         case Voted():

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,7 +12,7 @@ from strategies.core.errors import BudgetSpent, NoCandidate
 from strategies.core.hypotheses import Hypotheses, Hypothesis
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import Allocate, Beam, Frontier
-from strategies.core.types import Candidate, Outcome, Problem, Verdict
+from strategies.core.types import Candidate, Combine, Outcome, Problem, Verdict, combined
 
 MOST_DRAWS = 256
 """Sequences that one round may have."""
@@ -60,7 +59,7 @@ class BeamSearch(Strategy, frozen=True):
         default=VerifierChoice(kind="likelihood"),
         description="Who judges each step: a kind from GET /v1/verifiers that judges steps.",
     )
-    score: Literal["last", "min", "mean", "product"] = Field(
+    score: Combine = Field(
         default="min", description="How the scores of its steps make the score of a solution."
     )
     select: Select = Field(
@@ -333,13 +332,4 @@ class _Search:
         )
 
     def _score(self, verdict: Verdict) -> float:
-        steps = verdict.steps or (verdict.score,)
-        match self._strategy.score:
-            case "last":
-                return steps[-1]
-            case "min":
-                return min(steps)
-            case "mean":
-                return sum(steps) / len(steps)
-            case "product":
-                return prod(steps)
+        return combined(verdict.steps or (verdict.score,), self._strategy.score)

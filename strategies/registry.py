@@ -9,9 +9,11 @@ from strategies.best_of_n import BestOfN
 from strategies.chain_of_thought import ChainOfThought
 from strategies.core.strategy import Strategy
 from strategies.self_consistency import SelfConsistency
+from strategies.tree_of_thoughts import TreeOfThoughts
 
 AnyStrategy = Annotated[
-    ChainOfThought | BestOfN | SelfConsistency | BeamSearch, Field(discriminator="kind")
+    ChainOfThought | BestOfN | SelfConsistency | BeamSearch | TreeOfThoughts,
+    Field(discriminator="kind"),
 ]
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -19,6 +21,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "best_of_n": BestOfN,
     "self_consistency": SelfConsistency,
     "beam_search": BeamSearch,
+    "tree_of_thoughts": TreeOfThoughts,
 }
 
 ANY_STRATEGY: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)

@@ -21,6 +21,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
 from server.errors import refusal
 from server.selection import SELECTION
+from strategies.core.errors import InvalidRequest
 from strategies.core.types import Reading
 
 
@@ -66,6 +67,20 @@ def _arguments(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+async def render(serving: Any, messages: list[dict[str, Any]]) -> tuple[int, ...]:
+    """A conversation as the model reads it, by vLLM's own template and limits.
+
+    Raises:
+        InvalidRequest: vLLM refuses it.
+    """
+    request = ChatCompletionRequest.model_validate({"messages": messages})
+    rendered: Any = await serving.render_chat_request(request)
+    if isinstance(rendered, ErrorResponse):
+        raise InvalidRequest(rendered.error.message)
+    _, [prompt] = rendered
+    return tuple(prompt["prompt_token_ids"])
 
 
 class Chat:

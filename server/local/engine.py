@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +15,12 @@ from vllm.inputs import EngineInput, tokens_input
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.adapters import MANIFEST, read_manifest
 from strategies.core.errors import EngineUnavailable, InvalidRequest
-from strategies.core.types import Candidate, Chunk, Generation, Labels
+from strategies.core.types import Candidate, Chunk, Generation, Labels, Turn
 
 MOST_ENDS = 8192
 """Tokens that may end a step: vLLM looks through them at every token."""
@@ -35,6 +35,8 @@ class Client:
 
     generate: Callable[..., AsyncGenerator[RequestOutput, None]]
     abort: Callable[[list[str]], Awaitable[None]]
+    render: Callable[[list[dict[str, Any]]], Awaitable[tuple[int, ...]]]
+    """A conversation as the model reads it."""
     vocabulary: "Vocabulary"
     judges: "Judges"
 
@@ -84,8 +86,8 @@ class LocalEngine:
         if generation.index in self._ended:
             yield Chunk(finish_reason="abort")
             return
-        if generation.labels:
-            async with aclosing(self._read(generation)) as chunks:
+        if generation.apart:
+            async with aclosing(self._apart(generation)) as chunks:
                 async for chunk in chunks:
                     yield chunk
             return
@@ -116,15 +118,18 @@ class LocalEngine:
         with suppress(EngineDeadError):  # then the readers know already
             await self._client.abort([self._id(index) for index in indices])
 
-    async def _read(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
-        """One token, for the sake of how likely the labels are; nothing of it is kept."""
+    async def _apart(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
+        """A sequence of which nothing is kept for the answer."""
         params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            logprob_token_ids=list(generation.labels),
+            max_tokens=generation.max_tokens,
+            temperature=0.0 if generation.greedy or generation.labels else 1.0,
+            seed=generation.seed,
+            detokenize=not generation.labels,
+            logprob_token_ids=list(generation.labels) or None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        if generation.choices:
+            params.structured_outputs = StructuredOutputsParams(choice=list(generation.choices))
         sequence = self._client.generate(
             tokens_input(list(generation.token_ids)),
             params,
@@ -134,8 +139,9 @@ class LocalEngine:
         async with aclosing(sequence) as pieces:
             async for piece in pieces:
                 output = piece.outputs[0]
-                [at] = cast(list[dict[int, Logprob]], output.logprobs or [{}])
+                at = cast(list[dict[int, Logprob]], output.logprobs or [{}])[0]
                 yield Chunk(
+                    text=output.text,
                     token_ids=tuple(output.token_ids),
                     label_logprobs=tuple(at[one].logprob for one in generation.labels if one in at),
                     finish_reason=_finish(output.finish_reason),
@@ -147,6 +153,14 @@ class LocalEngine:
     def ends(self) -> Collection[int]:
         """See `Engine.ends`; the client's own stop tokens are among them."""
         return self._client.vocabulary.ends | set(self._asked.params.stop_token_ids or ())
+
+    async def render(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """See `Engine.render`."""
+        return await self._client.render([asdict(turn) for turn in turns])
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        """See `Engine.encode`."""
+        return await self._client.vocabulary.encode(text)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """See `Engine.decode`."""
@@ -280,6 +294,11 @@ class Vocabulary:
         self._searching = asyncio.Lock()
         self._words: list[str] | None = None
         self._found: dict[str, frozenset[int]] = {}
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        """See `Engine.encode`."""
+        ids = await asyncio.to_thread(self._tokenizer().encode, text, add_special_tokens=False)
+        return tuple(ids)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """See `Engine.decode`."""

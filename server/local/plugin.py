@@ -4,6 +4,7 @@ The same object under `mull serve` and under `VLLM_PLUGINS=mull vllm serve`.
 """
 
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from server import metrics
 from server.admission import Admission
 from server.errors import handle, nearest, reply_to
-from server.local.chat import Chat, teach
+from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
 from server.local.engine import Client, Judges, Vocabulary
 from server.middleware import Choosing
@@ -80,6 +81,7 @@ class Plugin:
             Client(
                 generate=engine.generate,
                 abort=engine.abort,
+                render=partial(render, state.openai_serving_chat),
                 vocabulary=Vocabulary(engine.get_tokenizer, _ends(engine)),
                 judges=Judges(self._adapter, engine.get_tokenizer),
             ),

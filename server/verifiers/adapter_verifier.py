@@ -1,13 +1,13 @@
 """A LoRA adapter on the same engine as a verifier of steps."""
 
 from collections.abc import Collection, Sequence
-from math import exp, prod
+from math import exp
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from strategies.core.errors import VerifierFailed
-from strategies.core.types import Candidate, Problem, Verdict
+from strategies.core.types import Candidate, Combine, Problem, Verdict, combined
 
 if TYPE_CHECKING:
     from strategies.core.context import Context
@@ -28,7 +28,7 @@ class AdapterVerifier(BaseModel):
     adapter: str = Field(
         min_length=1, max_length=200, description="A served adapter with labels in its manifest."
     )
-    over: Literal["last", "min", "mean", "product"] = Field(
+    over: Combine = Field(
         default="min", description="How the scores of steps make the score of a whole answer."
     )
 
@@ -60,19 +60,11 @@ class AdapterVerifier(BaseModel):
         ]
         likely = await ctx.read(prefixes, (labels.good, labels.bad), adapter=self.adapter)
         scores = iter([1 / (1 + exp(min(700.0, bad - good))) for good, bad in likely])
-        return [self._verdict(tuple(next(scores) for _ in of_it)) for of_it in lengths]
-
-    def _verdict(self, steps: tuple[float, ...]) -> Verdict:
-        match self.over:
-            case "last":
-                score = steps[-1]
-            case "min":
-                score = min(steps)
-            case "mean":
-                score = sum(steps) / len(steps)
-            case "product":
-                score = prod(steps)
-        return Verdict(score=score, steps=steps)
+        verdicts: list[Verdict] = []
+        for of_it in lengths:
+            steps = tuple(next(scores) for _ in of_it)
+            verdicts.append(Verdict(score=combined(steps, self.over), steps=steps))
+        return verdicts
 
 
 def _steps(candidate: Candidate, ends: Collection[int]) -> list[int]:

@@ -4,8 +4,8 @@ It keeps the budget, the deadline and the trace honest.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from math import inf
 from types import TracebackType
@@ -38,6 +38,7 @@ from strategies.core.types import (
     Problem,
     Reading,
     StopReason,
+    Turn,
     Verdict,
 )
 
@@ -141,31 +142,27 @@ class Context:
             candidates = [candidate async for candidate in arrivals]
         return sorted(candidates, key=lambda candidate: candidate.index)
 
-    async def verify(self, problem: Problem, candidates: Sequence[Candidate]) -> list[Verdict]:
-        """The request's verifier on all candidates at once.
+    async def verify(
+        self, problem: Problem, candidates: Sequence[Candidate], by: Verifier | None = None
+    ) -> list[Verdict]:
+        """The request's verifier, or this one, on all candidates at once.
 
         Raises:
             VerifierFailed: There is no verifier, or it gave no opinion on some candidate.
             BudgetSpent: The deadline passed, or the tokens ran out, before it had one: go without.
         """
-        if self.verifier is None:
+        verifier = by or self.verifier
+        if verifier is None:
             raise VerifierFailed("this strategy needs a verifier and none was chosen")
-        deadline = asyncio.timeout(self._patience)
-        try:
-            async with deadline:
-                verdicts = list(await self.verifier.judge(problem, candidates, self))
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            self.fell_short("deadline")
-            raise BudgetSpent("the deadline passed before the verifier had an opinion") from None
+        async with self._in_time("the verifier had an opinion"):
+            verdicts = list(await verifier.judge(problem, candidates, self))
         if len(verdicts) != len(candidates):
             raise VerifierFailed(
-                f"verifier '{self.verifier.kind}' gave {len(verdicts)} verdicts "
+                f"verifier '{verifier.kind}' gave {len(verdicts)} verdicts "
                 f"on {len(candidates)} candidates"
             )
         for candidate, verdict in zip(candidates, verdicts, strict=True):
-            self.emit(Scored(index=candidate.index, score=verdict.score))
+            self.emit(Scored(index=candidate.index, score=verdict.score, steps=verdict.steps))
         return verdicts
 
     async def read(
@@ -181,7 +178,7 @@ class Context:
         """
         known = self._read_so_far.setdefault((adapter, labels), {})
         fresh = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in known]
-        async with _Flight[tuple[int, ...]](self) as flight:
+        async with _Flight[None](self) as flight:
             for prefix in fresh:
                 lease = self.budget.reserve(1, sample=False)
                 if lease is None:
@@ -193,31 +190,85 @@ class Context:
                     max_tokens=1,
                     adapter=adapter,
                     labels=labels,
+                    apart=True,
                     priority=-1,
                 )
-                flight.start(generation.index, lease, self._ask(generation, lease, flight, known))
+
+                def heard(sequence: "_Sequence", prefix: tuple[int, ...] = prefix) -> None:
+                    if len(sequence.label_logprobs) != len(labels):
+                        raise VerifierFailed(f"'{adapter}' said nothing of its labels")
+                    known[prefix] = sequence.label_logprobs
+
+                flight.start(generation.index, lease, self._asked(generation, lease, flight, heard))
             async for _ in flight.arrivals:
                 pass
         return [known[prefix] for prefix in prefixes]
 
-    async def _ask(
+    async def ask(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        *,
+        choices: tuple[str, ...] = (),
+        max_tokens: int,
+        adapter: str | None = None,
+        seed: int | None = None,
+        greedy: bool = False,
+    ) -> list[str]:
+        """What the model says to each conversation, all at once, before what is being generated.
+
+        The texts come in order; with `choices`, each is one of these. The i-th is drawn with
+        `seed + i`.
+
+        Raises:
+            BudgetSpent: The tokens do not suffice.
+        """
+        prompts = [await self.engine.render(turns) for turns in conversations]
+        said: dict[int, str] = {}
+        async with self._in_time("the model had said it"), _Flight[None](self) as flight:
+            for at, prompt in enumerate(prompts):
+                lease = self.budget.reserve(max_tokens, sample=False)
+                if lease is None or lease.tokens < max_tokens:
+                    if lease is not None:
+                        lease.settle(0)
+                    self.fell_short("exhausted")
+                    raise BudgetSpent("the tokens ran out before the model could be asked")
+                generation = Generation(
+                    index=self.number(),
+                    token_ids=prompt,
+                    max_tokens=max_tokens,
+                    adapter=adapter,
+                    choices=choices,
+                    apart=True,
+                    seed=None if seed is None else seed + at,
+                    greedy=greedy,
+                    priority=-1,
+                )
+
+                def heard(sequence: "_Sequence", at: int = at) -> None:
+                    said[at] = sequence.text
+
+                flight.start(generation.index, lease, self._asked(generation, lease, flight, heard))
+            async for _ in flight.arrivals:
+                pass
+        return [said[at] for at in range(len(prompts))]
+
+    async def _asked(
         self,
         generation: Generation,
         lease: Lease,
-        flight: "_Flight[tuple[int, ...]]",
-        known: dict[tuple[int, ...], tuple[float, ...]],
-    ) -> tuple[int, ...]:
+        flight: "_Flight[None]",
+        heard: Callable[["_Sequence"], None],
+    ) -> None:
+        """One sequence that is no part of an answer, told to `heard` once it is whole."""
         flight.leased.pop(generation.index)
-        sequence, likely = _Sequence(), ()
+        sequence = _Sequence()
         try:
             async with aclosing(self.engine.generate(generation)) as chunks:
                 async for chunk in chunks:
                     sequence.add(chunk)
-                    likely = chunk.label_logprobs or likely
-            if len(likely) != len(generation.labels):
-                raise VerifierFailed(f"'{generation.adapter}' said nothing of its labels")
-            known[generation.token_ids] = likely
-            return generation.token_ids
+            if sequence.finish_reason == "abort":
+                raise BudgetSpent("it was ended before it had said anything")
+            heard(sequence)
         finally:
             flight.running.discard(generation.index)
             lease.settle(len(sequence.token_ids))
@@ -249,6 +300,23 @@ class Context:
     async def place(self, answer: str, known: Sequence[str]) -> int | None:
         """The index of the first known answer that is equivalent."""
         return await self.answers.place(answer, known, self.answer_format, seconds=self._patience)
+
+    @asynccontextmanager
+    async def _in_time(self, what: str) -> AsyncGenerator[None, None]:
+        """End the block soon after the deadline.
+
+        Raises:
+            BudgetSpent: It was ended.
+        """
+        deadline = asyncio.timeout(self._patience)
+        try:
+            async with deadline:
+                yield
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self.fell_short("deadline")
+            raise BudgetSpent(f"the deadline passed before {what}") from None
 
     @property
     def _patience(self) -> float | None:
@@ -564,6 +632,7 @@ class _Sequence:
         self.pieces: list[str] = []
         self.top_logprobs: list[tuple[float, ...]] = []
         self.top_token_ids: list[tuple[int, ...]] = []
+        self.label_logprobs: tuple[float, ...] = ()
         self.finish_reason: FinishReason | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -575,6 +644,7 @@ class _Sequence:
         self.pieces.extend(chunk.pieces)
         self.top_logprobs.extend(chunk.top_logprobs)
         self.top_token_ids.extend(chunk.top_token_ids)
+        self.label_logprobs = chunk.label_logprobs or self.label_logprobs
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self.prompt_tokens = chunk.prompt_tokens or self.prompt_tokens
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens

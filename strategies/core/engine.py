@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Protocol
 
-from strategies.core.types import Chunk, Generation, Labels
+from strategies.core.types import Chunk, Generation, Labels, Turn
 
 
 class Engine(Protocol):
@@ -24,6 +24,18 @@ class Engine(Protocol):
     @property
     def ends(self) -> Collection[int]:
         """The tokens with which a sequence ends itself."""
+        ...
+
+    async def render(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """A conversation as the model reads it when it is to answer.
+
+        Raises:
+            InvalidRequest: The model has no template for it, or it is too long.
+        """
+        ...
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        """Words as tokens, with nothing added."""
         ...
 
     async def decode(self, token_ids: Sequence[int]) -> str:

@@ -51,6 +51,8 @@ class Scored:
 
     index: int
     score: float
+    steps: tuple[float, ...] = ()
+    """Of each step, where it has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

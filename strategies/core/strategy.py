@@ -65,6 +65,10 @@ class Strategy(BaseModel, ABC, frozen=True):
         """The most samples that it draws, so the most distinct answers that it can give."""
         return 1
 
+    def scores_tokens(self) -> bool:
+        """Whether each token of its answers was drawn, and so has a log-probability."""
+        return True
+
     def random(self) -> bool:
         """Whether it draws samples, as the request's sampling parameters say."""
         return True

@@ -22,6 +22,7 @@ from strategies.core.types import (
     Generation,
     Labels,
     Problem,
+    Turn,
     Verdict,
 )
 
@@ -73,6 +74,8 @@ class FakeEngine:
         """Sequences begun and not ended."""
         self.aborted: list[int] = []
         """Indices of the sequences that were aborted, closed or cancelled before their end."""
+        self.rendered: list[tuple[Turn, ...]] = []
+        """Every conversation."""
         self.words: dict[int, str] = {encode(END)[0]: ""}
         """By token id, what `decode` says."""
         self._ending: dict[int, asyncio.Event] = {}
@@ -111,6 +114,16 @@ class FakeEngine:
     def ends(self) -> Collection[int]:
         """One piece."""
         return encode(END)
+
+    async def render(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        """Their words, one after the other."""
+        self.rendered.append(tuple(turns))
+        return encode("\n".join(turn.content for turn in turns))
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        """As `encode`, remembered for `decode`."""
+        self.words |= dict(zip(encode(text), pieces(text), strict=True))
+        return encode(text)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Of the pieces that it was told of."""
@@ -153,6 +166,8 @@ class FakeEngine:
                 )
             ]
         text = self._text(generation)
+        if generation.choices:
+            text = generation.choices[(generation.seed or 0) % len(generation.choices)]
         written = pieces(text)
         finish: FinishReason = "stop"
         if generation.until is not None:

@@ -5,9 +5,9 @@ Pure and synchronous: it knows no engine, no verifier and no event loop. A searc
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import exp, floor, log
+from math import exp, floor, log, sqrt
 from typing import Literal
 
 from strategies.core.types import Candidate
@@ -120,6 +120,131 @@ class Frontier:
         rng = random.Random(f"{self.seed} {self.first} {self.rounds}")
         counts = resampled(odds(scores, self.temperature), draws, rng.random())
         return list(zip(growing, counts, strict=True))
+
+
+Search = Literal["bfs", "dfs", "best_first", "mcts"]
+"""Which node of a tree grows next.
+
+`bfs`: the best of the newest level, and the others never again. `dfs`: the best child first, and
+back to its siblings where scores fall below a threshold (both Yao et al. 2023). `best_first`: the
+best of all that have not grown. `mcts`: the leaf that upper confidence bounds lead to (UCT, Kocsis
+and Szepesvari 2006).
+"""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Node:
+    """A place in a tree of thoughts; the root is the bare prompt."""
+
+    beam: Beam | None = None
+    parent: "Node | None" = None
+    depth: int = 0
+    children: list["Node"] = field(default_factory=list["Node"])
+    open: bool = True
+    """Whether it may grow; it does so once."""
+    visits: int = 0
+    worth: float = 0.0
+    """The sum of what its visits have found."""
+
+    @property
+    def score(self) -> float:
+        """What the evaluation says; the root has none."""
+        return 1.0 if self.beam is None else self.beam.score
+
+    @property
+    def alive(self) -> bool:
+        """Whether it or something below it may grow."""
+        return self.open or any(child.alive for child in self.children)
+
+    @property
+    def path(self) -> Iterator["Node"]:
+        """It and its ancestors, upwards."""
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+
+@dataclass(slots=True, kw_only=True)
+class Tree:
+    """A tree of thoughts, grown a round at a time: `choose`, then `insert` for each node chosen."""
+
+    search: Search
+    width: int
+    """Nodes that grow in one round."""
+    threshold: float = 0.0
+    """`dfs` never enters what scores less."""
+    exploration: float = 1.0
+    """The weight of the confidence bound in `mcts`."""
+    deepest: int = 64
+    """Nodes at this depth do not grow."""
+    root: Node = field(default_factory=Node)
+
+    def nodes(self) -> list[Node]:
+        """All, in the order of their places."""
+        found, waiting = list[Node](), [self.root]
+        while waiting:
+            node = waiting.pop()
+            found.append(node)
+            waiting += node.children
+        return sorted(found, key=lambda node: -1 if node.beam is None else node.beam.place)
+
+    def choose(self) -> list[Node]:
+        """Which nodes grow next; none once the search is over."""
+        growing = [node for node in self.nodes() if node.open]
+        match self.search:
+            case "bfs":
+                newest = max((node.depth for node in growing), default=0)
+                best = _best([node for node in growing if node.depth == newest])[: self.width]
+                for node in growing:
+                    node.open = node in best
+                return best
+            case "dfs":
+                growing = [node for node in growing if node.score >= self.threshold]
+                growing.sort(key=lambda node: (-node.depth, -node.score))
+                return growing[:1]
+            case "best_first":
+                return _best(growing)[: self.width]
+            case "mcts":
+                chosen: list[Node] = []
+                while len(chosen) < self.width and (leaf := self._descend()) is not None:
+                    chosen.append(leaf)
+                    leaf.open = False
+                    for node in leaf.path:  # a visit without a worth keeps the next one away
+                        node.visits += 1
+                for leaf in chosen:
+                    for node in leaf.path:
+                        node.visits -= 1
+                return chosen
+
+    def insert(self, node: Node, beams: Sequence[Beam]) -> None:
+        """What came of a node that was chosen. What says the same counts once."""
+        node.open = False
+        for beam in merged(beams):
+            unfinished = beam.candidate.finish_reason == "step"
+            child = Node(beam=beam, parent=node, depth=node.depth + 1)
+            child.open = unfinished and child.depth < self.deepest
+            node.children.append(child)
+            for above in child.path:
+                above.visits += 1
+                above.worth += beam.score
+
+    def _descend(self) -> Node | None:
+        node = self.root
+        while not node.open:
+            alive = [child for child in node.children if child.alive]
+            if not alive:
+                return None
+            node = max(alive, key=lambda child: self._bound(child, node.visits))
+        return node
+
+    def _bound(self, node: Node, visits: int) -> float:
+        mean = node.worth / node.visits
+        return mean + self.exploration * sqrt(log(max(visits, 1)) / node.visits)
+
+
+def _best(nodes: Sequence[Node]) -> list[Node]:
+    return sorted(nodes, key=lambda node: (-node.score, node.beam.place if node.beam else -1))
 
 
 def ranked(beams: Sequence[Beam]) -> list[Beam]:

@@ -1,7 +1,8 @@
 """The values that pass between strategies, engines and verifiers; all frozen."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "repetition", "abort", "step"]
@@ -55,8 +56,20 @@ class Generation:
     """A LoRA adapter by name; None is what the client named."""
     labels: tuple[int, ...] = ()
     """With any, the one token generated does not matter: what counts is how likely these are."""
+    choices: tuple[str, ...] = ()
+    """With any, the text is one of these."""
+    apart: bool = False
+    """Whether it is no part of an answer, and so not subject to the client's parameters."""
     priority: int = 0
     """Lower runs first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +164,23 @@ class Verdict:
     def __post_init__(self) -> None:
         if not 0.0 <= self.score <= 1.0:  # also refuses NaN
             raise ValueError(f"a score must be in [0, 1], not {self.score}")
+
+
+Combine = Literal["last", "min", "mean", "product"]
+"""How the scores of steps make the score of a solution."""
+
+
+def combined(steps: Sequence[float], how: Combine) -> float:
+    """One score of several, of which there is at least one."""
+    match how:
+        case "last":
+            return steps[-1]
+        case "min":
+            return min(steps)
+        case "mean":
+            return sum(steps) / len(steps)
+        case "product":
+            return prod(steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
