@@ -138,7 +138,7 @@ class Admitted:
                 self._gate.leave()
 
     @property
-    def ends(self) -> Collection[int]:
+    def ends(self) -> Sequence[int]:
         """See `Engine.ends`."""
         return self._engine.ends
 

@@ -20,7 +20,7 @@ from server.run import Run, Selection
 from server.selection import SELECTION, from_xargs
 from server.settings import Settings
 from server.store import Store
-from server.verifiers.adapter_verifier import AdapterVerifier
+from server.verifiers.catalogue import adapters
 from strategies.core.aio import Background
 from strategies.core.answers import Answers
 from strategies.core.errors import InvalidRequest
@@ -69,8 +69,8 @@ class Reasoner:
             selection = from_xargs(sampling_params.extra_args, self._settings)
         if selection is None:
             return self._client.generate(prompt, sampling_params, request_id, **options)
-        if isinstance(selection.verifier, AdapterVerifier):
-            self._adapter(selection.verifier.adapter)  # it is there, or this raises
+        for name in adapters(selection.verifier):
+            self._adapter(name)  # it is there, or this raises
         self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked, _problem(asked, selection))
@@ -145,6 +145,11 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
                     "for one step at a time: drop one of them",
                     field=field,
                 )
+    if asked.params.logprobs is not None and not selection.strategy.scores_tokens():
+        raise InvalidRequest(
+            f"{selection.strategy.kind} writes answers that have no log-probabilities of their own",
+            field="logprobs",
+        )
     return Problem(
         token_ids=tuple(ids),  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
         text=selection.question,

@@ -14,7 +14,7 @@ from typing import Any, cast
 from vllm.inputs import EngineInput, tokens_input
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -150,9 +150,9 @@ class LocalEngine:
                 )
 
     @property
-    def ends(self) -> Collection[int]:
+    def ends(self) -> Sequence[int]:
         """See `Engine.ends`; the client's own stop tokens are among them."""
-        return self._client.vocabulary.ends | set(self._asked.params.stop_token_ids or ())
+        return (*self._client.vocabulary.ends, *(self._asked.params.stop_token_ids or ()))
 
     async def render(self, turns: Sequence[Turn]) -> tuple[int, ...]:
         """See `Engine.render`."""
@@ -178,7 +178,7 @@ class LocalEngine:
     def whole(self, index: int) -> RequestOutput:
         """A sequence and what it goes on with, as one output: a copy."""
         path = [index]
-        while path[-1] in self._continues:
+        while self._continues.get(path[-1]) in self.outputs:
             path.append(self._continues[path[-1]])
         merged, *others = (twin(self.outputs[at]) for at in reversed(path))
         [output] = merged.outputs
@@ -194,9 +194,23 @@ class LocalEngine:
 
     def answer(self, candidate: Candidate) -> RequestOutput:
         """A candidate as an output: a copy."""
-        merged = self.whole(candidate.index)
+        if candidate.index in self.outputs:
+            merged = self.whole(candidate.index)
+        else:
+            merged = RequestOutput(
+                request_id="",
+                prompt=None,
+                prompt_token_ids=list(self._prompt_ids),
+                prompt_logprobs=None,
+                outputs=[
+                    CompletionOutput(
+                        index=0, text="", token_ids=[], cumulative_logprob=None, logprobs=None
+                    )
+                ],
+                finished=True,
+            )
         [output] = merged.outputs
-        if tuple(output.token_ids) != candidate.token_ids:  # chosen from what was likely
+        if tuple(output.token_ids) != candidate.token_ids:  # not all of it was drawn
             output.token_ids = list(candidate.token_ids)
             output.text = candidate.text
             output.cumulative_logprob = sum(candidate.logprobs)
@@ -287,9 +301,9 @@ class LocalEngine:
 class Vocabulary:
     """What the model's tokens say."""
 
-    def __init__(self, tokenizer: Callable[[], Any], ends: Collection[int]) -> None:
-        """`ends` are the tokens with which the model ends a sequence."""
-        self.ends = frozenset(ends)
+    def __init__(self, tokenizer: Callable[[], Any], ends: Sequence[int]) -> None:
+        """`ends` are the tokens with which the model ends a sequence, the usual one first."""
+        self.ends = ends
         self._tokenizer = tokenizer
         self._searching = asyncio.Lock()
         self._words: list[str] | None = None

@@ -22,7 +22,7 @@ from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
 from server.local.engine import Client, Judges, Vocabulary
 from server.middleware import Choosing
-from server.routes import models, traces
+from server.routes import models, traces, verify
 from server.routes import strategies as routes
 from server.settings import Settings
 from server.store import Store
@@ -44,6 +44,7 @@ class Plugin:
         """Put our routes, errors and the choosing middleware on vLLM's app."""
         app.include_router(routes.router)
         app.include_router(traces.router)
+        app.include_router(verify.router)
         if self._settings.presets:
             app.include_router(models.router)
         app.add_exception_handler(MullError, handle)
@@ -111,12 +112,12 @@ class Plugin:
         return known[name]
 
 
-def _ends(engine: Any) -> set[int]:
+def _ends(engine: Any) -> list[int]:
     """The tokens with which the model ends a sequence, as vLLM finds them."""
     config: dict[str, Any] = engine.vllm_config.model_config.try_get_generation_config()
     ends: Any = config.get("eos_token_id")
-    ends = [*(ends if isinstance(ends, list) else [ends]), engine.get_tokenizer().eos_token_id]
-    return {end for end in ends if end is not None}
+    ends = [engine.get_tokenizer().eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def plugin() -> Plugin:

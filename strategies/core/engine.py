@@ -22,8 +22,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def ends(self) -> Collection[int]:
-        """The tokens with which a sequence ends itself."""
+    def ends(self) -> Sequence[int]:
+        """The tokens with which a sequence ends itself, the usual one first."""
         ...
 
     async def render(self, turns: Sequence[Turn]) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ class FakeEngine:
             self.running -= 1
 
     @property
-    def ends(self) -> Collection[int]:
+    def ends(self) -> Sequence[int]:
         """One piece."""
         return encode(END)
 
