@@ -29,6 +29,7 @@ def mull_field(selection: Selection) -> JSON:
             "aborted_tokens": usage.aborted,
             "verifier_tokens": usage.verifier,
             "engine_calls": usage.engine_calls,
+            "verifier_calls": usage.verifier_calls,
             "engine_prompt_tokens": usage.prompt,
             "engine_cached_tokens": usage.cached,
         },

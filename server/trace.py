@@ -44,6 +44,8 @@ class Usage:
     cached: int = 0
     """Those of them that came from the prefix cache."""
     engine_calls: int = 0
+    verifier_calls: int = 0
+    """Those of them that a verifier made."""
     answer_cached: int = 0
     """Prompt tokens from the prefix cache when the answer was generated."""
 
@@ -106,7 +108,7 @@ class Trace:
         """The answers, and the sequences that they go on with."""
         answer_cached = 0
         best = -1
-        kept = discarded = aborted = verifier = prompt = cached = calls = 0
+        kept = discarded = aborted = verifier = prompt = cached = calls = reads = 0
         for _, event in reversed(self.events):
             match event:
                 case Chosen():
@@ -130,7 +132,7 @@ class Trace:
                     cached += event.cached_tokens
                     aborted += event.tokens
                 case Read():
-                    calls += 1
+                    reads += 1
                     prompt += event.prompt_tokens
                     cached += event.cached_tokens
                     verifier += event.tokens
@@ -143,7 +145,8 @@ class Trace:
             verifier=verifier,
             prompt=prompt,
             cached=cached,
-            engine_calls=calls,
+            engine_calls=calls + reads,
+            verifier_calls=reads,
             answer_cached=answer_cached,
         )
 

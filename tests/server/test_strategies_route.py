@@ -34,6 +34,8 @@ def test_catalogue_of_verifiers(client: httpx.Client):
         "json_schema",
         "countdown",
         "arithmetic",
+        "adapter",
+        "ensemble",
     }
 
 

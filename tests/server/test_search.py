@@ -1,0 +1,204 @@
+"""Beam search and tree of thoughts on the real engine, and answers that are given to be judged."""
+
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from finetune.tiny.problems import exam
+from models import MULL_TINY
+
+WORD = (
+    "Tom has 12 apples. At the park he finds 7. Ann gets 4 from him. "
+    "How many apples does Tom have now?"
+)
+BODY: dict[str, Any] = {
+    "model": "mull-tiny",
+    "messages": [{"role": "user", "content": WORD}],
+    "max_tokens": 200,
+    "temperature": 1.0,
+    "seed": 5,
+}
+
+
+def run(client: httpx.Client, kind: str, **fields: Any) -> dict[str, Any]:
+    reply = client.post(f"/v1/strategies/{kind}", json=BODY | fields)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"allocate": "diverse"},
+        {"allocate": "balanced", "lookahead": 1},
+        {"allocate": "resample", "select": "weighted"},
+        {"max_step_tokens": 3, "score": "product"},
+        {"delimiter": " ="},
+    ],
+    ids=str,
+)
+def test_steps_make_whole_answers(client: httpx.Client, fields: dict[str, Any]):
+    found = run(client, "beam_search", **fields)
+    assert found["answer"] == "15"
+    assert found["finish_reason"] == "stop"
+    assert found["text"].endswith("Answer: \\boxed{15}")
+    usage = found["mull"]["usage"]
+    kept = len(PreTrainedTokenizerFast.from_pretrained(MULL_TINY)(found["text"]).input_ids) + 1
+    assert usage["kept_tokens"] == kept
+    hidden = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert hidden == usage["discarded_tokens"] + usage["aborted_tokens"]
+
+
+def test_chat_gives_the_whole_answer_with_its_log_probabilities(client: httpx.Client):
+    body = BODY | {"strategy": "beam_search", "logprobs": True, "top_logprobs": 2}
+    reply = client.post("/v1/chat/completions", json=body).json()
+    [choice] = reply["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert "".join(one["token"] for one in tokens).startswith(choice["message"]["content"])
+    assert all(len(one["top_logprobs"]) == 2 for one in tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"min_tokens": 4}, "min_tokens"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"strategy": {"kind": "beam_search", "verifier": "countdown"}}, "verifier.kind"),
+        (
+            {"strategy": {"kind": "beam_search", "verifier": {"kind": "adapter", "adapter": "x"}}},
+            "verifier.adapter",
+        ),
+        ({"strategy": {"kind": "beam_search", "level": "token"}, "top_p": 0.9}, "top_p"),
+        (
+            {"strategy": {"kind": "beam_search", "level": "token"}, "temperature": 0.5},
+            "temperature",
+        ),
+        (
+            {"strategy": {"kind": "tree_of_thoughts", "thoughts": "propose"}, "logprobs": True},
+            "logprobs",
+        ),
+        ({"n": 9}, "n"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_kept_step_by_step_is_refused(
+    client: httpx.Client, fields: dict[str, Any], param: str
+):
+    body = BODY | {"strategy": "beam_search"} | fields
+    reply = client.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.slow
+def test_over_tokens_it_finds_what_transformers_finds(client: httpx.Client):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MULL_TINY)
+    model = AutoModelForCausalLM.from_pretrained(MULL_TINY, dtype=torch.float32)
+    width = 3
+    for item in exam(11, 25):
+        turns = [{"role": "user", "content": item.prompt}]
+        prompt = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        expected = model.generate(
+            prompt,
+            num_beams=width,
+            num_return_sequences=width,
+            do_sample=False,
+            max_new_tokens=200,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        found = client.post(
+            "/v1/strategies/beam_search",
+            json={
+                "model": "mull-tiny",
+                "messages": turns,
+                "max_tokens": 200,
+                "level": "token",
+                "width": width,
+            },
+        ).json()
+        ours = sorted(found["candidates"], key=lambda one: -(one["score"] or -1e9))
+        texts = tokenizer.batch_decode(
+            expected.sequences[:, prompt.shape[1] :], skip_special_tokens=True
+        )
+        scores = expected.sequences_scores.tolist()
+        for one, text, score in zip(ours, texts, scores, strict=False):
+            assert one["text"] == text
+            assert one["score"] == pytest.approx(score, abs=1e-3)
+        assert found["text"] == texts[0]
+
+
+def test_over_tokens_of_width_one_it_is_greedy(client: httpx.Client):
+    found = run(client, "beam_search", level="token", width=1)
+    plain = client.post("/v1/chat/completions", json=BODY | {"temperature": 0}).json()
+    assert found["text"] == plain["choices"][0]["message"]["content"]
+    usage = found["mull"]["usage"]
+    assert usage["kept_tokens"] == plain["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("search", ["bfs", "dfs", "best_first", "mcts"])
+def test_trees_of_thoughts_find_the_answer(client: httpx.Client, search: str):
+    found = run(client, "tree_of_thoughts", search=search, width=3, branch=3, solutions=3)
+    assert found["answer"] == "15"
+    assert found["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("evaluate", ["value", "vote"])
+@pytest.mark.parametrize("thoughts", ["sample", "propose"])
+def test_the_model_may_judge_its_own_thoughts(client: httpx.Client, evaluate: str, thoughts: str):
+    found = run(
+        client,
+        "tree_of_thoughts",
+        evaluate=evaluate,
+        thoughts=thoughts,
+        width=2,
+        branch=2,
+        max_nodes=16,
+        max_depth=3,
+    )
+    assert found["mull"]["usage"]["verifier_tokens"] > 0
+    assert found["text"]
+
+
+def test_given_answers_are_judged(client: httpx.Client):
+    asked = {
+        "model": "mull-tiny",
+        "messages": BODY["messages"],
+        "candidates": ["1 + 1 = 2\n2 + 2 = 5", "1 + 1 = 2"],
+        "verifier": "arithmetic",
+    }
+    reply = client.post("/v1/verify", json=asked)
+    assert reply.status_code == 200, reply.text
+    verdicts = reply.json()["data"]
+    assert [one["score"] for one in verdicts] == [0.5, 1.0]
+    assert [one["steps"] for one in verdicts] == [[1.0, 0.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"candidates": []}, "candidates"),
+        ({"candidates": [""]}, "candidates.0"),
+        ({"verifier": "likelihood"}, "verifier.kind"),
+        ({"verifier": "nobody"}, "verifier.kind"),
+        ({"unknown": 1}, "unknown"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(client: httpx.Client, fields: dict[str, Any], param: str):
+    asked = {
+        "model": "mull-tiny",
+        "messages": BODY["messages"],
+        "candidates": ["1 + 1 = 2"],
+        "verifier": "arithmetic",
+    }
+    reply = client.post("/v1/verify", json=asked | fields)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == param
