@@ -138,6 +138,11 @@ class Admitted:
                 self._gate.leave()
 
     @property
+    def longest(self) -> int:
+        """See `Engine.longest`."""
+        return self._engine.longest
+
+    @property
     def ends(self) -> Sequence[int]:
         """See `Engine.ends`."""
         return self._engine.ends
@@ -154,9 +159,9 @@ class Admitted:
         """See `Engine.decode`."""
         return await self._engine.decode(token_ids)
 
-    async def labels(self, adapter: str) -> Labels:
+    def labels(self, adapter: str) -> Labels:
         """See `Engine.labels`."""
-        return await self._engine.labels(adapter)
+        return self._engine.labels(adapter)
 
     async def tokens_with(self, text: str) -> Collection[int]:
         """See `Engine.tokens_with`."""

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from strategies.core.errors import (
+    BudgetSpent,
     Busy,
     EngineUnavailable,
     InvalidRequest,
@@ -21,6 +22,7 @@ _STATUS: dict[type[MullError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
     NotFound: (404, "not_found"),
     NoCandidate: (422, "budget_exhausted"),
+    BudgetSpent: (422, "budget_exhausted"),
     VerifierFailed: (422, "verifier_failed"),
     Busy: (429, "rate_limit_exceeded"),
     EngineUnavailable: (503, "service_unavailable"),

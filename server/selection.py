@@ -25,6 +25,7 @@ from server.wire import JSON, as_list, as_object
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
 from strategies.core.strategy import Strategy
+from strategies.ensemble import Ensemble
 from strategies.registry import STRATEGIES
 
 SELECTION: ContextVar[Selection | None] = ContextVar("selection", default=None)
@@ -70,6 +71,7 @@ _SHAPES: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "stop": ([], ""),
+    "ignore_eos": (False,),
 }
 """What changes the probabilities of tokens, or ends them by words, with what leaves them alone."""
 
@@ -213,6 +215,18 @@ def select(strategy: Strategy, limits: Limits, request: JSON) -> tuple[JSON, Sel
             f"{strategy.kind} needs a verifier that judges single steps, and '{verifier.kind}' "
             "as chosen judges whole answers",
             field="verifier.kind",
+        )
+    if verifier is not None and verifier.logprobs is not None and not strategy.scores_tokens():
+        raise InvalidRequest(
+            f"'{verifier.kind}' judges by how likely the model found its own words, which nobody "
+            "knows of words from elsewhere",
+            field="verifier.kind",
+        )
+    if isinstance(verifier, Ensemble) and verifier.relative and not strategy.judges_together:
+        raise InvalidRequest(
+            f"{strategy.kind} does not judge all answers at once, so no vote can be taken on them; "
+            "agree by 'mean' or 'min'",
+            field="verifier.agree",
         )
     return _with_prompting(request, strategy), Selection(
         strategy=strategy,

@@ -23,6 +23,9 @@ from strategies.core.events import (
     Voted,
 )
 
+LONGEST_TEXT = 2000
+"""Characters of a step that a trace keeps."""
+
 Timed = tuple[float, Event]
 """(seconds since the start, event)."""
 
@@ -72,7 +75,11 @@ class Trace:
         if isinstance(event, Sampled):  # without what is many, or is the parent's, too
             candidate = event.candidate
             own = candidate.token_ids[candidate.inherited :]
-            bare = replace(candidate, text="", token_ids=own, inherited=0)
+            part = candidate.parent is not None or candidate.finish_reason == "step"
+            text = candidate.text[candidate.inherited_chars :] if part else ""
+            bare = replace(
+                candidate, text=text[:LONGEST_TEXT], token_ids=own, inherited=0, inherited_chars=0
+            )
             event = Sampled(
                 candidate=replace(bare, logprobs=(), pieces=(), top_logprobs=(), top_token_ids=())
             )
@@ -162,8 +169,8 @@ def told(timed: Timed) -> dict[str, Any]:
         case Sampled(candidate=candidate):
             said |= {"index": candidate.index, "answer": candidate.answer}
             said |= {"tokens": candidate.drawn, "finish_reason": candidate.finish_reason}
-            if candidate.parent is not None:
-                said |= {"parent": candidate.parent}
+            if candidate.text:  # a step
+                said |= {"parent": candidate.parent, "text": candidate.text}
         case Scored():
             said |= {"index": event.index, "score": event.score, "steps": list(event.steps)}
         case Read():

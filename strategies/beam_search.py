@@ -1,5 +1,6 @@
 """Beam search: grow several solutions step by step, and spend on those that a verifier likes."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
@@ -28,8 +29,8 @@ class BeamSearch(Strategy, frozen=True):
     grows: `top_k` the `width` best, each `branch` times (Snell et al. 2024); `diverse` the best of
     each of `width` subtrees (DVTS, Beeching et al. 2024); `balanced` all, in proportion to the
     softmax of their scores (REBASE, Wu et al. 2025); `resample` all, drawn again in proportion to
-    the odds of their scores (particle filtering, Puri et al. 2025). A solution that ended is kept,
-    and the search goes on with one beam less. `lookahead` judges a step by where it leads after so
+    the odds of their scores (particle filtering, Puri et al. 2025). A solution that ended among the
+    best of its round takes its beam with it. `lookahead` judges a step by where it leads after so
     many further greedy steps. Each step is scored as soon as it is drawn, and subtrees do not wait
     for each other. A solution that a limit cut short wins only if no other ended by itself. Ties go
     to the earliest draw.
@@ -75,7 +76,7 @@ class BeamSearch(Strategy, frozen=True):
     lookahead: int = Field(default=0, ge=0, le=16, description="Greedy steps ahead of each score.")
     spread: float | None = Field(
         default=None,
-        gt=0,
+        ge=0.001,
         le=100,
         description="Temperature of the softmax of `balanced`, where it is 0.1, and of the odds of "
         "`resample`, where it is 1.",
@@ -159,7 +160,7 @@ class BeamSearch(Strategy, frozen=True):
                         max_tokens=1,
                         place=at,
                         greedy=True,
-                        likeliest=2 * self.width,
+                        likeliest=min(20, (1 + len(beams.ends)) * self.width),
                     )
                     for at, one in enumerate(beams.running)
                 ]
@@ -244,15 +245,16 @@ class _Search:
                 width=width,
                 branch=strategy.branch,
                 temperature=strategy.spread or spread,
-                seed=problem.seed or 0,
+                seed=random.randrange(2**32) if problem.seed is None else problem.seed,
                 first=at * width * strategy.branch,
                 stride=subtrees,
             )
             for at in range(subtrees)
         ]
         self._open = list(self.frontiers)
-        # So many samples are the same ones, whatever arrives first.
-        self._in_order = ctx.budget.samples_left is not None
+        # What a budget allows is then the same, and fairly shared, whatever arrives first.
+        budget = ctx.budget
+        self._in_order = budget.samples_left is not None or budget.left is not None
 
     def unjudged(self) -> list[tuple[int, Candidate]]:
         """What was drawn and has no score yet, by place."""
@@ -269,30 +271,24 @@ class _Search:
     def advance(self) -> None:
         """Start the next round of every frontier that has all of its last one."""
         waiting = {id(coming.frontier) for coming in self._coming.values()}
-        still: list[Frontier] = []
-        for frontier in self._open:
-            more = frontier.rounds < self._strategy.max_steps
-            if id(frontier) in waiting or (more and self._grow(frontier)):
-                still.append(frontier)
-        self._open = still
-
-    def _grow(self, frontier: Frontier) -> bool:
-        """Ask for a round; whether any of it could be started."""
-        draws = [
-            self._draw(growth.beam and growth.beam.candidate, growth.place + at)
+        ready = [one for one in self._open if id(one) not in waiting]
+        growing = [one for one in ready if one.rounds < self._strategy.max_steps]
+        wanted = [
+            (frontier, self._draw(growth.beam and growth.beam.candidate, growth.place + at))
+            for frontier in growing
             for growth in frontier.advance()
             for at in range(growth.times)
         ]
-        started = self._drawing.start(draws)
-        for index, draw in zip(started, draws, strict=False):
+        started = self._drawing.start([draw for _, draw in wanted])  # together, to share alike
+        for index, (frontier, draw) in zip(started, wanted, strict=False):
             self._coming[index] = _Coming(frontier, draw.place or 0)
-        return bool(started)
+        grown = {id(frontier) for frontier, _ in wanted[: len(started)]} | waiting
+        self._open = [one for one in self._open if id(one) in grown]
 
     async def judge(self, drawn: Sequence[Candidate]) -> None:
         """Score what came, and put it into its frontier; or look ahead of it first."""
-        seen: dict[tuple[int, ...], Candidate] = {}
-        """What the verifier is to see, once each."""
         judged: list[tuple[_Coming, Candidate, Candidate]] = []
+        ahead: list[tuple[_Coming, Candidate, Candidate]] = []
         for candidate in drawn:
             coming = self._coming.pop(candidate.index)
             of = coming.of or candidate
@@ -300,27 +296,32 @@ class _Search:
             if known is not None:
                 beam = Beam(candidate=of, score=known.score, place=coming.place)
                 coming.frontier.insert(beam)
-            elif not self._look(candidate, of, coming):
-                judged.append((coming, of, seen.setdefault(candidate.token_ids, candidate)))
+            else:
+                further = self._strategy.lookahead if coming.of is None else coming.ahead
+                goes_on = further and candidate.finish_reason == "step"
+                (ahead if goes_on else judged).append((coming, of, candidate))
+        judged += self._look(ahead)
         if not judged:
             return
+        seen = {candidate.token_ids: candidate for _, _, candidate in reversed(judged)}
         self._at_judge = [(coming.place, of) for coming, of, _ in judged]
         verdicts = await self._ctx.verify(self._problem, list(seen.values()))
         scores = dict(zip(seen, map(self._score, verdicts), strict=True))
         self._at_judge = []
-        for coming, of, shown in judged:
-            score = scores[shown.token_ids]
+        for coming, of, candidate in judged:
+            score = scores[candidate.token_ids]
             coming.frontier.insert(Beam(candidate=of, score=score, place=coming.place))
 
-    def _look(self, candidate: Candidate, of: Candidate, coming: _Coming) -> bool:
-        """Start one more step ahead, if there is one to be; whether it did."""
-        ahead = self._strategy.lookahead if coming.of is None else coming.ahead
-        if not ahead or candidate.finish_reason != "step":
-            return False
-        started = self._drawing.start([self._draw(candidate, coming.place, greedy=True)])
-        for index in started:
-            self._coming[index] = _Coming(coming.frontier, coming.place, of, ahead - 1)
-        return bool(started)
+    def _look(
+        self, ahead: list[tuple["_Coming", Candidate, Candidate]]
+    ) -> list[tuple["_Coming", Candidate, Candidate]]:
+        """Start one more step ahead of each; those for which the budget has none left."""
+        draws = [self._draw(candidate, coming.place, greedy=True) for coming, _, candidate in ahead]
+        started = self._drawing.start(draws)
+        for index, (coming, of, _) in zip(started, ahead, strict=False):
+            left = (self._strategy.lookahead if coming.of is None else coming.ahead) - 1
+            self._coming[index] = _Coming(coming.frontier, coming.place, of, left)
+        return ahead[len(started) :]
 
     def _draw(self, after: Candidate | None, place: int, *, greedy: bool = False) -> Draw:
         return Draw(

@@ -27,6 +27,8 @@ class BestOfN(Strategy, frozen=True):
         "Cobbe et al. 2021, Training Verifiers to Solve Math Word Problems, arXiv:2110.14168"
     )
 
+    judges_together: ClassVar[bool] = True
+
     kind: Literal["best_of_n"] = "best_of_n"
     n: int = Field(default=8, ge=1, le=256, description="Samples to draw.")
     select: Select = Field(default="max", description="Best score, or score-weighted vote.")

@@ -24,6 +24,11 @@ class Ensemble:
         self._agree = agree
 
     @property
+    def relative(self) -> bool:
+        """Whether its scores mean something only beside those of other candidates."""
+        return self._agree == "vote"
+
+    @property
     def logprobs(self) -> int | None:
         """The most that any of them needs."""
         return max((one.logprobs for one in self.members if one.logprobs is not None), default=None)

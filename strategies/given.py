@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 from strategies.core.context import Context
+from strategies.core.errors import InvalidRequest
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 
@@ -12,6 +13,8 @@ class Given(Strategy, frozen=True):
 
     cost: ClassVar[str] = "one batched verification"
     paper: ClassVar[str] = ""
+
+    judges_together: ClassVar[bool] = True
 
     kind: Literal["given"] = "given"
     texts: tuple[str, ...]
@@ -37,6 +40,12 @@ class Given(Strategy, frozen=True):
         candidates: list[Candidate] = []
         for text in self.texts:
             ids = await ctx.engine.encode(text)
+            if len(problem.token_ids) + len(ids) >= ctx.engine.longest:
+                raise InvalidRequest(
+                    f"with the question, the candidate has {len(problem.token_ids) + len(ids)} "
+                    f"tokens; the model reads {ctx.engine.longest}",
+                    field=f"candidates.{len(candidates)}",
+                )
             candidates.append(
                 Candidate(
                     index=ctx.number(),

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from strategies.best_of_n import Select, elect
 from strategies.core.context import Context, Draw, Sampling
-from strategies.core.errors import BudgetSpent, NoCandidate
+from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import Beam, Node, Search, Tree
 from strategies.core.types import Candidate, Combine, Outcome, Problem, Turn, Verdict, combined
@@ -47,6 +47,9 @@ Several solutions have been begun:
 {candidates}
 
 Which of them is the most promising? Answer with its number alone."""
+
+EVALUATIONS = 3
+"""Questions for each judgement, unless it is said otherwise."""
 
 LONGEST_WORD = 16
 """Tokens of a judgement."""
@@ -117,7 +120,9 @@ class TreeOfThoughts(Strategy, frozen=True):
     score: Combine | None = Field(
         default=None, description="For evaluate `verifier`: how steps make a score; else `min`."
     )
-    evaluations: int = Field(default=3, ge=1, le=16, description="Questions of each kind.")
+    evaluations: int | None = Field(
+        default=None, ge=1, le=16, description="Questions for each `value` or `vote`; else 3."
+    )
     select: Select = Field(
         default="max", description="Best score, or score-weighted vote, of what has ended."
     )
@@ -149,6 +154,15 @@ class TreeOfThoughts(Strategy, frozen=True):
         ):
             if getattr(self, name) is not None and getattr(self, needs) != value:
                 raise ValueError(f"'{name}' needs {needs} '{value}'")
+        if self.evaluations is not None and self.evaluate == "verifier":
+            raise ValueError("'evaluations' needs evaluate 'value' or 'vote'")
+        for name, needs, value, usual in (
+            ("propose_prompt", "thoughts", "propose", PROPOSE),
+            ("value_prompt", "evaluate", "value", VALUE),
+            ("vote_prompt", "evaluate", "vote", VOTE),
+        ):
+            if getattr(self, name) != usual and getattr(self, needs) != value:
+                raise ValueError(f"'{name}' needs {needs} '{value}'")
         return self
 
     def most(self) -> int:
@@ -167,6 +181,8 @@ class TreeOfThoughts(Strategy, frozen=True):
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Choose, grow, judge; complete what is unfinished if nothing ended by itself."""
+        if not problem.text and (self.thoughts == "propose" or self.evaluate != "verifier"):
+            raise InvalidRequest("to ask about a question, it is needed in words", field="messages")
         async with ctx.sampling(problem, 0) as drawing:
             growth = _Growth(self, problem, ctx, drawing)
             try:
@@ -355,7 +371,7 @@ class _Value(_Asked):
         self, problem: Problem, candidates: Sequence[Candidate], ctx: Context
     ) -> list[Verdict]:
         """The mean worth of what it says, each time asked."""
-        times = self._strategy.evaluations
+        times = self._strategy.evaluations or EVALUATIONS
         asked = [
             _filled(self._strategy.value_prompt, question=problem.text, steps=_steps(candidate))
             for candidate in candidates
@@ -364,11 +380,14 @@ class _Value(_Asked):
         words = await ctx.ask(
             asked, choices=tuple(_WORTH), max_tokens=LONGEST_WORD, seed=problem.seed
         )
-        worths = [_WORTH.get(word.strip(), 0.0) for word in words]
-        return [
-            Verdict(score=sum(worths[at * times : (at + 1) * times]) / times)
-            for at in range(len(candidates))
-        ]
+        verdicts: list[Verdict] = []
+        for at in range(len(candidates)):
+            said = [word.strip() for word in words[at * times : (at + 1) * times]]
+            worths = [_WORTH[word] for word in said if word in _WORTH]
+            if not worths:
+                raise VerifierFailed(f"asked for {', '.join(_WORTH)}, the model said {said[0]!r}")
+            verdicts.append(Verdict(score=sum(worths) / len(worths)))
+        return verdicts
 
 
 class _Vote(_Asked):
@@ -380,13 +399,16 @@ class _Vote(_Asked):
         """The share of votes, each time asked."""
         listed = "\n\n".join(f"{at}:\n{one.text}" for at, one in enumerate(candidates, start=1))
         asked = _filled(self._strategy.vote_prompt, question=problem.text, candidates=listed)
-        times = self._strategy.evaluations
+        times = self._strategy.evaluations or EVALUATIONS
         numbers = tuple(str(at) for at in range(1, len(candidates) + 1))
         words = await ctx.ask(
             [asked] * times, choices=numbers, max_tokens=LONGEST_WORD, seed=problem.seed
         )
         votes = Counter(word.strip() for word in words)
-        return [Verdict(score=votes[number] / times) for number in numbers]
+        counted = sum(votes[number] for number in numbers)
+        if not counted:
+            raise VerifierFailed(f"asked for a number, the model said {words[0]!r}")
+        return [Verdict(score=votes[number] / counted) for number in numbers]
 
 
 def _filled(prompt: str, **places: str) -> tuple[Turn, ...]:

@@ -6,6 +6,7 @@ prices: the family of problems that pretraining never saw, with replay of the ot
 """
 
 import argparse
+import json
 import random
 import time
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -37,6 +39,10 @@ class Recipe(ABC):
     warm_up: int = 20
     processes: int = 2
 
+    def manifest(self) -> dict[str, Any]:
+        """What the server is to know of the adapter."""
+        return {}
+
     @abstractmethod
     def batches(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rank: int
@@ -54,6 +60,11 @@ class Verifier(Recipe):
     """Of those samples."""
     made_up: float = 0.3
     """The share of attempts that are made up."""
+
+    def manifest(self) -> dict[str, Any]:
+        """The labels, and what they follow."""
+        labels = {"good": tokenizers.GOOD, "bad": tokenizers.BAD}
+        return {"labels": labels, "delimiter": "\n"}
 
     def batches(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rank: int
@@ -147,7 +158,9 @@ def _train(rank: int, recipe: Recipe, path: Path, out: Path) -> None:
     )
     (done,) = deque(steps, maxlen=1)
     if rank == 0:
+        adapted.peft_config["default"].base_model_name_or_path = path.name
         adapted.save_pretrained(str(out))
+        (out / "mull.json").write_text(json.dumps(recipe.manifest(), indent=1) + "\n")
         print(
             f"{recipe}: {done.tokens / 1e6:.2f} M tokens, last loss {done.loss:.3f}, "
             f"{(time.monotonic() - began) / 60:.1f} min in all -> {out}"

@@ -35,6 +35,7 @@ _COUNTED: dict[str, Any] = {
     "structured_outputs": None,
     "repetition_detection": None,
     "thinking_token_budget": None,
+    "stop": [],
 }
 """What vLLM keeps count of within one sequence, with the value that asks for nothing."""
 
@@ -70,7 +71,7 @@ class Reasoner:
         if selection is None:
             return self._client.generate(prompt, sampling_params, request_id, **options)
         for name in adapters(selection.verifier):
-            self._adapter(name)  # it is there, or this raises
+            self._client.judges.labels(name)  # it is there and judges, or this raises
         self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked, _problem(asked, selection))
@@ -138,6 +139,11 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
     if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
         raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
     if selection.strategy.stepwise:
+        if asked.prompt["type"] != "token":
+            raise InvalidRequest(
+                f"{selection.strategy.kind} goes on from tokens, and a picture or a sound has none",
+                field="messages",
+            )
         for field, idle in _COUNTED.items():
             if getattr(asked.params, field) not in (None, idle):
                 raise InvalidRequest(

@@ -39,6 +39,8 @@ class Client:
     """A conversation as the model reads it."""
     vocabulary: "Vocabulary"
     judges: "Judges"
+    longest: int
+    """Tokens that a prompt may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,19 +96,32 @@ class LocalEngine:
         ends: Collection[int] = ()
         if generation.until is not None:
             ends = await self.tokens_with(generation.until)
-        params = self._params(generation, ends)
+            if generation.index in self._ended:  # meanwhile
+                yield Chunk(finish_reason="abort")
+                return
         if generation.continues is not None:
             self._continues[generation.index] = generation.continues
+        async with aclosing(self._pieces(generation, self._params(generation, ends))) as pieces:
+            async for piece in pieces:
+                yield self._chunk(generation, piece, ends)
+
+    async def _pieces(
+        self, generation: Generation, params: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
         prompt = self._asked.prompt
         if generation.token_ids != self._prompt_ids:
-            prompt = tokens_input(list(generation.token_ids))
-        sequence = self._client.generate(
-            prompt, params, self._id(generation.index), **self._options(generation)
-        )
+            salt = cast(str | None, prompt.get("cache_salt"))
+            prompt = tokens_input(list(generation.token_ids), cache_salt=salt)
+        options = dict(self._asked.options)
+        options["priority"] = options.get("priority", 0) + generation.priority
+        if generation.adapter is not None:
+            options["lora_request"] = self._adapter(generation.adapter)
+        name = f"{self._name}-{generation.index}"
+        sequence = self._client.generate(prompt, params, name, **options)
         try:
             async with aclosing(sequence) as pieces:
                 async for piece in pieces:
-                    yield self._chunk(generation, piece, ends)
+                    yield piece
         except EngineDeadError as error:
             raise EngineUnavailable(
                 "the engine died; a new one is being started, try again"
@@ -116,7 +131,7 @@ class LocalEngine:
         """See `Engine.abort`."""
         self._ended |= set(indices)
         with suppress(EngineDeadError):  # then the readers know already
-            await self._client.abort([self._id(index) for index in indices])
+            await self._client.abort([f"{self._name}-{index}" for index in indices])
 
     async def _apart(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """A sequence of which nothing is kept for the answer."""
@@ -130,13 +145,7 @@ class LocalEngine:
         )
         if generation.choices:
             params.structured_outputs = StructuredOutputsParams(choice=list(generation.choices))
-        sequence = self._client.generate(
-            tokens_input(list(generation.token_ids)),
-            params,
-            self._id(generation.index),
-            **self._options(generation),
-        )
-        async with aclosing(sequence) as pieces:
+        async with aclosing(self._pieces(generation, params)) as pieces:
             async for piece in pieces:
                 output = piece.outputs[0]
                 at = cast(list[dict[int, Logprob]], output.logprobs or [{}])[0]
@@ -167,9 +176,14 @@ class LocalEngine:
         special = self._asked.params.skip_special_tokens
         return await self._client.vocabulary.decode(token_ids, skip_special_tokens=special)
 
-    async def labels(self, adapter: str) -> Labels:
+    def labels(self, adapter: str) -> Labels:
         """See `Engine.labels`."""
-        return await self._client.judges.labels(adapter)
+        return self._client.judges.labels(adapter)
+
+    @property
+    def longest(self) -> int:
+        """See `Engine.longest`."""
+        return self._client.longest
 
     async def tokens_with(self, text: str) -> Collection[int]:
         """See `Engine.tokens_with`."""
@@ -210,23 +224,15 @@ class LocalEngine:
                 finished=True,
             )
         [output] = merged.outputs
-        if tuple(output.token_ids) != candidate.token_ids:  # not all of it was drawn
+        output.text = candidate.text
+        if tuple(output.token_ids) != candidate.token_ids:  # chosen from what was likely
             output.token_ids = list(candidate.token_ids)
-            output.text = candidate.text
             output.cumulative_logprob = sum(candidate.logprobs)
+        if candidate.inherited:
+            output.stop_reason = None
         cut = candidate.finish_reason == "step"  # by the end of the search, not by a step's
         output.finish_reason = "length" if cut else candidate.finish_reason
         return merged
-
-    def _options(self, generation: Generation) -> dict[str, Any]:
-        options = dict(self._asked.options)
-        options["priority"] = options.get("priority", 0) + generation.priority
-        if generation.adapter is not None:
-            options["lora_request"] = self._adapter(generation.adapter)
-        return options
-
-    def _id(self, index: int) -> str:
-        return f"{self._name}-{index}"
 
     def _params(self, generation: Generation, ends: Collection[int]) -> SamplingParams:
         asked = self._asked.params
@@ -241,21 +247,16 @@ class LocalEngine:
             params.temperature, params.top_p, params.top_k, params.min_p = 0.0, 1.0, 0, 0.0
         if generation.until is not None:
             params.stop_token_ids = [*(params.stop_token_ids or ()), *ends]
-            params.include_stop_str_in_output = True
-            if len(generation.until) > 1:  # it may be spread over several tokens
-                params.stop = [*_own_stops(asked), generation.until]
+            if len(generation.until.encode()) > 1:  # it may be spread over several tokens
+                params.stop = [generation.until]
         return params
 
     def _chunk(self, generation: Generation, piece: RequestOutput, ends: Collection[int]) -> Chunk:
         output = piece.outputs[0]
         finish = _finish(output.finish_reason)
         if finish == "stop" and generation.until is not None:
-            reason, asked = output.stop_reason, self._asked.params
-            if reason in _own_stops(asked) and not asked.include_stop_str_in_output:
-                output.text = output.text.removesuffix(str(reason))
-            elif reason == generation.until or (
-                reason in ends and reason not in (asked.stop_token_ids or ())
-            ):
+            reason, own = output.stop_reason, self._asked.params.stop_token_ids or ()
+            if reason == generation.until or (reason in ends and reason not in own):
                 finish = "step"
         self._keep(generation.index, piece)
         logprobs: tuple[float, ...] = ()
@@ -276,7 +277,8 @@ class LocalEngine:
                     for at in at_each
                 )
         return Chunk(
-            text=output.text,
+            # vLLM begins to spell with the end of the prompt, so a step's text may have some of it.
+            text="" if generation.until or generation.continues is not None else output.text,
             token_ids=tuple(output.token_ids),
             logprobs=logprobs,
             pieces=pieces,
@@ -289,8 +291,11 @@ class LocalEngine:
         )
 
     def _keep(self, index: int, piece: RequestOutput) -> None:
-        self.latest[index] = piece
         known = self.outputs.get(index)
+        if index in self._continues:
+            piece.prompt_token_ids = None  # it is the path's, and long
+        else:
+            self.latest[index] = piece
         if known is None:
             # A copy of its own: merging must not change the piece that a stream sends on.
             self.outputs[index] = twin(piece)
@@ -353,11 +358,11 @@ class Judges:
         self._known: dict[str, Labels] = {}
         """By folder: an adapter's files do not change."""
 
-    async def labels(self, name: str) -> Labels:
-        """See `Engine.labels`."""
+    def labels(self, name: str) -> Labels:
+        """See `Engine.labels`; a short file is read, once."""
         folder = self._adapter(name).path
         if folder not in self._known:
-            self._known[folder] = await asyncio.to_thread(self._read, name, folder)
+            self._known[folder] = self._read(name, folder)
         return self._known[folder]
 
     def _read(self, name: str, folder: str) -> Labels:
@@ -378,11 +383,6 @@ class Judges:
                 field="verifier.adapter",
             )
         return Labels(good=good, bad=bad, delimiter=manifest.delimiter)
-
-
-def _own_stops(params: SamplingParams) -> list[str]:
-    """The client's stop strings."""
-    return [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
 
 
 def twin(piece: RequestOutput) -> RequestOutput:

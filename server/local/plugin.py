@@ -85,6 +85,7 @@ class Plugin:
                 render=partial(render, state.openai_serving_chat),
                 vocabulary=Vocabulary(engine.get_tokenizer, _ends(engine)),
                 judges=Judges(self._adapter, engine.get_tokenizer),
+                longest=engine.vllm_config.model_config.max_model_len - 1,
             ),
             admission=admission,
             store=state.store,

@@ -70,13 +70,6 @@ async def verify(request: Request) -> Response:
     )
     body: JSON = {"model": asked.model, "messages": asked.messages}
     body, selection = select(strategy, asked.budget.capped(state.settings.limits), body)
-    assert selection.verifier is not None
-    if selection.verifier.logprobs is not None:
-        raise InvalidRequest(
-            f"'{selection.verifier.kind}' judges by how likely the model found its own words, "
-            "which nobody knows of given ones",
-            field="verifier.kind",
-        )
     selection.owner = owner(request.headers)
     token = SELECTION.set(selection)
     try:

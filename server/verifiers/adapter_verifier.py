@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from strategies.core.context import Context
 
 
+MOST_STEPS = 512
+"""Of one candidate."""
+
+
 class AdapterVerifier(BaseModel):
     """P(good) after each step, by a LoRA adapter on the model that answers (Lightman et al. 2023).
 
@@ -29,7 +33,9 @@ class AdapterVerifier(BaseModel):
         min_length=1, max_length=200, description="A served adapter with labels in its manifest."
     )
     over: Combine = Field(
-        default="min", description="How the scores of steps make the score of a whole answer."
+        default="min",
+        description="How the scores of steps make that of a whole answer, where it is judged "
+        "as a whole; step-wise searches have a `score` of their own.",
     )
 
     @property
@@ -50,27 +56,36 @@ class AdapterVerifier(BaseModel):
         self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context"
     ) -> list[Verdict]:
         """One score per candidate, made of one per step."""
-        labels = await ctx.engine.labels(self.adapter)
+        labels = ctx.engine.labels(self.adapter)
         ends = await ctx.engine.tokens_with(labels.delimiter)
-        lengths = [_steps(candidate, ends) for candidate in candidates]
-        prefixes = [
-            problem.token_ids + candidate.token_ids[:length]
-            for candidate, of_it in zip(candidates, lengths, strict=True)
-            for length in of_it
+        paths = [
+            (problem.token_ids + candidate.token_ids, _places(problem, candidate, ends, ctx))
+            for candidate in candidates
         ]
-        likely = await ctx.read(prefixes, (labels.good, labels.bad), adapter=self.adapter)
-        scores = iter([1 / (1 + exp(min(700.0, bad - good))) for good, bad in likely])
+        likely = await ctx.read(paths, (labels.good, labels.bad), adapter=self.adapter)
         verdicts: list[Verdict] = []
-        for of_it in lengths:
-            steps = tuple(next(scores) for _ in of_it)
+        for rows in likely:
+            steps = tuple(1 / (1 + exp(min(700.0, bad - good))) for good, bad in rows)
             verdicts.append(Verdict(score=combined(steps, self.over), steps=steps))
         return verdicts
 
 
-def _steps(candidate: Candidate, ends: Collection[int]) -> list[int]:
-    """How many tokens of a candidate there are at the end of each step; its end ends one, too."""
-    if not candidate.token_ids:
-        raise VerifierFailed(f"candidate {candidate.index} has no token to judge")
-    lengths = [at for at, token in enumerate(candidate.token_ids, start=1) if token in ends]
-    whole = len(candidate.token_ids)
-    return lengths if lengths and lengths[-1] == whole else [*lengths, whole]
+def _places(
+    problem: Problem, candidate: Candidate, ends: Collection[int], ctx: "Context"
+) -> list[int]:
+    """How many tokens there are at the end of each step; the end of all ends one, too.
+
+    An end that leaves the model no room to say anything is not asked about.
+    """
+    tokens, before = candidate.token_ids, len(problem.token_ids)
+    places = [before + at for at, token in enumerate(tokens, start=1) if token in ends]
+    if not places or places[-1] != before + len(tokens):
+        places.append(before + len(tokens))
+    places = [place for place in places if before < place <= ctx.engine.longest]
+    if not places:
+        raise VerifierFailed(f"candidate {candidate.index} has no step that could be judged")
+    if len(places) > MOST_STEPS:
+        raise VerifierFailed(
+            f"candidate {candidate.index} has {len(places)} steps; {MOST_STEPS} are judged at most"
+        )
+    return places

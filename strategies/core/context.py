@@ -4,10 +4,12 @@ It keeps the budget, the deadline and the trace honest.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from math import inf
+from hashlib import blake2b
+from math import inf, isnan
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -15,7 +17,7 @@ from strategies.core.aio import Arrivals, Group
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
 from strategies.core.engine import Engine
-from strategies.core.errors import BudgetSpent, NoCandidate, VerifierFailed
+from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
 from strategies.core.events import (
     Aborted,
     Chosen,
@@ -87,6 +89,9 @@ T = TypeVar("T")
 Reader = Callable[[str, Sequence[int]], Reading]
 """Reads a sample's text and tokens as the server of its model will; without, tags in it do."""
 
+MOST_APART = 64
+"""Questions that one run's verifiers have in the engine at once."""
+
 LATE_SECONDS = 0.2
 """How long after its deadline a run may still read, compare and judge what it has."""
 
@@ -117,11 +122,10 @@ class Context:
         self.verifier = verifier
         self.answer_format = answer_format or AnswerFormat()
         self._read = read
-        self._read_so_far: dict[
-            tuple[str, tuple[int, ...]], dict[tuple[int, ...], tuple[float, ...]]
-        ] = {}
-        """By adapter and labels, then by prefix."""
+        self._read_so_far: dict[tuple[str, tuple[int, ...]], dict[bytes, tuple[float, ...]]] = {}
+        """By adapter and labels, then by the digest of what was read."""
         self._next = 0
+        self._apart = 0
         self._short: StopReason | None = None
 
     def sampling(self, problem: Problem, n: int) -> "Sampling":
@@ -166,43 +170,43 @@ class Context:
         return verdicts
 
     async def read(
-        self, prefixes: Sequence[tuple[int, ...]], labels: tuple[int, ...], *, adapter: str
-    ) -> list[tuple[float, ...]]:
-        """How likely an adapter finds each label after each prefix: log-probabilities, in nats.
+        self,
+        paths: Sequence[tuple[tuple[int, ...], Sequence[int]]],
+        labels: tuple[int, ...],
+        *,
+        adapter: str,
+    ) -> list[list[tuple[float, ...]]]:
+        """How likely an adapter finds each label at places of token paths.
 
-        All at once, before what is being generated, at one token each; what the run has read before
-        costs nothing.
+        A path comes with the lengths after which it is asked; for each there is a row of
+        log-probabilities, in nats. Asked before what is being generated, at one token each; what
+        the run has read before costs nothing.
 
         Raises:
             BudgetSpent: The tokens do not suffice.
         """
         known = self._read_so_far.setdefault((adapter, labels), {})
-        fresh = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in known]
-        async with _Flight[None](self) as flight:
-            for prefix in fresh:
-                lease = self.budget.reserve(1, sample=False)
-                if lease is None:
-                    self.fell_short("exhausted")
-                    raise BudgetSpent("the tokens ran out before the verifier had an opinion")
-                generation = Generation(
-                    index=self.number(),
-                    token_ids=prefix,
-                    max_tokens=1,
-                    adapter=adapter,
-                    labels=labels,
-                    apart=True,
-                    priority=-1,
-                )
+        keys = [[_digest(path[:length]) for length in lengths] for path, lengths in paths]
 
-                def heard(sequence: "_Sequence", prefix: tuple[int, ...] = prefix) -> None:
-                    if len(sequence.label_logprobs) != len(labels):
-                        raise VerifierFailed(f"'{adapter}' said nothing of its labels")
-                    known[prefix] = sequence.label_logprobs
+        def fresh() -> Iterator[tuple[Generation, Callable[[_Sequence], None]]]:
+            begun: set[bytes] = set()
+            for (path, lengths), of_it in zip(paths, keys, strict=True):
+                for length, key in zip(lengths, of_it, strict=True):
+                    if key not in known and key not in begun:
+                        begun.add(key)
+                        yield self._apart_from(path[:length], 1, adapter, labels=labels), heard(key)
 
-                flight.start(generation.index, lease, self._asked(generation, lease, flight, heard))
-            async for _ in flight.arrivals:
-                pass
-        return [known[prefix] for prefix in prefixes]
+        def heard(key: bytes) -> Callable[[_Sequence], None]:
+            def hear(sequence: _Sequence) -> None:
+                likely = sequence.label_logprobs
+                if len(likely) != len(labels) or any(map(isnan, likely)):
+                    raise VerifierFailed(f"'{adapter}' has no opinion: its labels have no numbers")
+                known[key] = likely
+
+            return hear
+
+        await self._each(fresh())
+        return [[known[key] for key in of_it] for of_it in keys]
 
     async def ask(
         self,
@@ -212,45 +216,79 @@ class Context:
         max_tokens: int,
         adapter: str | None = None,
         seed: int | None = None,
-        greedy: bool = False,
     ) -> list[str]:
-        """What the model says to each conversation, all at once, before what is being generated.
+        """What the model says to each conversation, asked before what is being generated.
 
         The texts come in order; with `choices`, each is one of these. The i-th is drawn with
         `seed + i`.
 
         Raises:
-            BudgetSpent: The tokens do not suffice.
+            BudgetSpent: The tokens do not suffice, or a conversation is too long for the model.
         """
-        prompts = [await self.engine.render(turns) for turns in conversations]
         said: dict[int, str] = {}
-        async with self._in_time("the model had said it"), _Flight[None](self) as flight:
-            for at, prompt in enumerate(prompts):
-                lease = self.budget.reserve(max_tokens, sample=False)
-                if lease is None or lease.tokens < max_tokens:
+
+        def heard(at: int) -> Callable[[_Sequence], None]:
+            def hear(sequence: _Sequence) -> None:
+                said[at] = sequence.text
+
+            return hear
+
+        async with self._in_time("the model had said it"):
+            prompts: dict[tuple[Turn, ...], tuple[int, ...]] = {}
+            for turns in map(tuple, conversations):
+                if turns not in prompts:
+                    try:
+                        prompts[turns] = await self.engine.render(turns)
+                    except InvalidRequest as error:
+                        self.fell_short("exhausted")
+                        raise BudgetSpent(f"the model cannot be asked: {error}") from error
+            await self._each(
+                (
+                    self._apart_from(
+                        prompts[tuple(turns)],
+                        max_tokens,
+                        adapter,
+                        choices=choices,
+                        seed=None if seed is None else seed + at,
+                    ),
+                    heard(at),
+                )
+                for at, turns in enumerate(conversations)
+            )
+        return [said[at] for at in range(len(conversations))]
+
+    def _apart_from(
+        self, token_ids: tuple[int, ...], max_tokens: int, adapter: str | None, **more: Any
+    ) -> Generation:
+        """A sequence that is no part of an answer. Its number is below zero."""
+        self._apart += 1
+        return Generation(
+            index=-self._apart,
+            token_ids=token_ids,
+            max_tokens=max_tokens,
+            adapter=adapter,
+            apart=True,
+            priority=-1,
+            **more,
+        )
+
+    async def _each(
+        self, asked: Iterable[tuple[Generation, Callable[["_Sequence"], None]]]
+    ) -> None:
+        """Run sequences that are no part of an answer, so many at once, each told once whole."""
+        async with _Flight[None](self) as flight:
+            for generation, heard in asked:
+                lease = self.budget.reserve(generation.max_tokens, sample=False)
+                if lease is None or lease.tokens < generation.max_tokens:
                     if lease is not None:
                         lease.settle(0)
                     self.fell_short("exhausted")
-                    raise BudgetSpent("the tokens ran out before the model could be asked")
-                generation = Generation(
-                    index=self.number(),
-                    token_ids=prompt,
-                    max_tokens=max_tokens,
-                    adapter=adapter,
-                    choices=choices,
-                    apart=True,
-                    seed=None if seed is None else seed + at,
-                    greedy=greedy,
-                    priority=-1,
-                )
-
-                def heard(sequence: "_Sequence", at: int = at) -> None:
-                    said[at] = sequence.text
-
+                    raise BudgetSpent("the tokens ran out before the verifier had an opinion")
                 flight.start(generation.index, lease, self._asked(generation, lease, flight, heard))
+                if flight.arrivals.pending >= MOST_APART:
+                    await anext(flight.arrivals)
             async for _ in flight.arrivals:
                 pass
-        return [said[at] for at in range(len(prompts))]
 
     async def _asked(
         self,
@@ -259,7 +297,6 @@ class Context:
         flight: "_Flight[None]",
         heard: Callable[["_Sequence"], None],
     ) -> None:
-        """One sequence that is no part of an answer, told to `heard` once it is whole."""
         flight.leased.pop(generation.index)
         sequence = _Sequence()
         try:
@@ -493,15 +530,17 @@ class Sampling:
         started: list[int] = []
         for draw in asked[:n]:
             room = self._room(draw)
-            wanted = room if share is None else min(room + self._aside(room), share)
-            lease = budget.reserve(wanted)
+            aside = 0 if share is None else self._aside(room)
+            lease = budget.reserve(room + aside if share is None else min(room + aside, share))
             if lease is None:
                 break
             index = self._ctx.number()
             self._ctx.emit(Started(index=index, tokens=lease.tokens))
-            tokens = lease.tokens if share is None else lease.tokens - self._aside(lease.tokens)
+            tokens = room
+            if lease.tokens < room + aside:
+                tokens = lease.tokens - (self._aside(lease.tokens) if aside else 0)
             self._unseen.add(index)
-            self._flight.start(index, lease, self._sample(index, draw, min(room, tokens)))
+            self._flight.start(index, lease, self._sample(index, draw, tokens))
             started.append(index)
         return started
 
@@ -509,6 +548,14 @@ class Sampling:
         """How many of so many tokens are to be left for the verifier."""
         verifier = self._ctx.verifier
         return 0 if verifier is None or tokens < 2 else min(verifier.aside(tokens), tokens - 1)
+
+    async def _spelled(self, candidate: Candidate, after: Candidate | None) -> Candidate:
+        """A path with the words of its tokens: steps may meet within a letter of several bytes."""
+        ids, engine = candidate.token_ids, self._ctx.engine
+        if candidate.complete and ids and ids[-1] in engine.ends:
+            ids = ids[:-1]
+        before = 0 if after is None else len(after.text)
+        return replace(candidate, text=await engine.decode(ids), inherited_chars=before)
 
     def _never_begun(self, index: int) -> None:
         self._ctx.emit(Aborted(index=index, tokens=0, prompt_tokens=0, cached_tokens=0))
@@ -559,6 +606,8 @@ class Sampling:
                 reason = "length"  # there is no room to go on
             if reason is not None and reason != "abort":
                 candidate = sequence.finished(index, reason, after)
+                if (draw.until is not None or after is not None) and not draw.likeliest:
+                    candidate = await self._spelled(candidate, after)
                 if reason != "step":
                     answer = await ctx.answer(candidate.text, candidate.token_ids)
                     candidate = replace(candidate, answer=answer)
@@ -620,6 +669,10 @@ class _Flight(Generic[T]):
             for index, lease in self.leased.items():
                 lease.settle(0)
                 self._never_begun(index)
+
+
+def _digest(token_ids: Sequence[int]) -> bytes:
+    return blake2b(array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class _Sequence:

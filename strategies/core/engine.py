@@ -22,6 +22,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def longest(self) -> int:
+        """Tokens that a prompt may have."""
+        ...
+
+    @property
     def ends(self) -> Sequence[int]:
         """The tokens with which a sequence ends itself, the usual one first."""
         ...
@@ -42,7 +47,7 @@ class Engine(Protocol):
         """Tokens in words."""
         ...
 
-    async def labels(self, adapter: str) -> Labels:
+    def labels(self, adapter: str) -> Labels:
         """The labels of an adapter that judges.
 
         Raises:

@@ -23,9 +23,10 @@ class Hypothesis:
 class Hypotheses:
     """The `width` best running and the `width` best finished hypotheses.
 
-    It agrees with `transformers`: a round looks at the `2 * width` best extensions; those of the
-    first `width` that end are finished, and the best others run on. It is over when `width` are
-    finished and the best that runs scores no more than the worst of them, or at `longest`.
+    It agrees with `transformers`: a round looks at as many best extensions as could all end and
+    leave `width` that run, `2 * width` with one token that ends. Those of the first `width` that
+    end are finished, and the best others run on. It is over when `width` are finished and the best
+    that runs scores no more than the worst of them, or at `longest`.
     """
 
     width: int
@@ -55,7 +56,7 @@ class Hypotheses:
             for token, logprob in tokens
         ]
         extensions.sort(key=lambda one: -one.logprob)
-        best = extensions[: 2 * self.width]
+        best = extensions[: (1 + len(self.ends)) * self.width]
         ended = [
             len(one.token_ids) >= self.longest or one.token_ids[-1] in self.ends for one in best
         ]

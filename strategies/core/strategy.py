@@ -46,6 +46,8 @@ class Strategy(BaseModel, ABC, frozen=True):
     """Authors, year, title, and arXiv number."""
     stepwise: ClassVar[bool] = False
     """Whether it asks for one step at a time, and its verifier judges steps."""
+    judges_together: ClassVar[bool] = False
+    """Whether its verifier sees all answers at once."""
 
     kind: str
     answer: AnswerFormat = Field(

@@ -110,6 +110,8 @@ class FakeEngine:
         finally:
             self.running -= 1
 
+    longest = 1_000_000
+
     @property
     def ends(self) -> Sequence[int]:
         """One piece."""
@@ -129,7 +131,7 @@ class FakeEngine:
         """Of the pieces that it was told of."""
         return "".join(self.words.get(token, f"{token} ") for token in token_ids)
 
-    async def labels(self, adapter: str) -> Labels:
+    def labels(self, adapter: str) -> Labels:
         """The same for any adapter."""
         return Labels(good=1, bad=2)
 
@@ -191,6 +193,7 @@ class FakeEngine:
 
     def _chunk(self, generation: Generation, piece: str, finish: FinishReason | None) -> Chunk:
         wanted = generation.logprobs
+        self.words[encode(piece)[0]] = piece
         logprob = self._logprob(piece)
         return Chunk(
             text=piece,
@@ -248,8 +251,8 @@ class FakeVerifier:
         """One verdict per candidate."""
         await asyncio.sleep(self._seconds)
         if self._reads:
-            prefixes = [problem.token_ids + one.token_ids for one in candidates]
-            await ctx.read(prefixes, (1, 2), adapter="fake")
+            paths = [problem.token_ids + one.token_ids for one in candidates]
+            await ctx.read([(path, [len(path)]) for path in paths], (1, 2), adapter="fake")
         self.judged += [candidate.index for candidate in candidates]
         return [Verdict(score=self._score(candidate)) for candidate in candidates]
 

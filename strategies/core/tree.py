@@ -5,6 +5,7 @@ Pure and synchronous: it knows no engine, no verifier and no event loop. A searc
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, floor, log, sqrt
@@ -18,8 +19,9 @@ Allocate = Literal["top_k", "diverse", "balanced", "resample"]
 `top_k`: the best beams, each as often as the others (beam search). `diverse`: the same in `width`
 subtrees of their own, each with one beam (diverse verifier tree search, Beeching et al. 2024).
 `balanced`: every beam, in proportion to the softmax of its score (REBASE, Wu et al. 2025,
-arXiv:2408.00724). `resample`: beams drawn again in proportion to the odds of their scores, by
-systematic resampling (particle filtering, Puri et al. 2025, arXiv:2502.01618).
+arXiv:2408.00724). `resample`: particles drawn again in proportion to the odds of their scores, by
+systematic resampling (particle filtering, Puri et al. 2025, arXiv:2502.01618); equal ones keep the
+weight of their number, ended ones stay among them.
 """
 
 
@@ -47,8 +49,9 @@ class Growth:
 class Frontier:
     """The live beams of one search. It is asked for growth, then told each beam that came of it.
 
-    A beam that ended by itself leaves the frontier and takes a part of the width with it; the
-    search is over when all of the width has ended.
+    What ended competes with what grows: it takes a part of the width only if it is among the best
+    of its round. It is never lost: `leaves` has all of it. The search is over when all of the width
+    has ended.
     """
 
     allocate: Allocate
@@ -62,11 +65,15 @@ class Frontier:
     stride: int = 1
     """How many rounds of draws other frontiers have between two of its own."""
     finished: list[Beam] = field(default_factory=list[Beam])
-    """Beams that cannot or need not go on, in the order of their places once a round is over."""
+    """Beams that cannot or need not go on."""
     live: list[Beam] = field(default_factory=list[Beam])
     """After `advance`: the beams that grow."""
     rounds: int = 0
     _drawn: list[Beam] = field(default_factory=list[Beam])
+    _taken: int = 0
+    """How much of the width has ended."""
+    _at_rest: list[tuple[Beam, int]] = field(default_factory=list[tuple[Beam, int]])
+    """With `resample`: ended beams, and how many particles they stand for."""
 
     @property
     def draws(self) -> int:
@@ -88,38 +95,49 @@ class Frontier:
 
     def advance(self) -> list[Growth]:
         """Close the round; what to draw in the next one, nothing once the search is over."""
-        distinct = merged(self._drawn)
-        self._drawn = []
-        growing = [beam for beam in distinct if beam.candidate.finish_reason == "step"]
-        self.finished += [beam for beam in distinct if beam.candidate.finish_reason != "step"]
-        free = self.width - len(self.finished)
-        if self.rounds and (not growing or free <= 0):
-            self.live = growing
-            return []
-        counts = self._counts(growing, free) if self.rounds else []
         start = self.first + self.rounds * self.stride * self.draws
         self.rounds += 1
         if self.rounds == 1:
             return [Growth(beam=None, times=self.draws, place=start)]
-        self.live = [beam for beam, times in counts if times]
+        drawn, self._drawn = self._drawn, []
+        distinct = merged(drawn)
+        self.finished += [beam for beam in distinct if _ended(beam)]
+        counts = [(beam, times) for beam, times in self._counts(distinct, drawn) if times]
+        self.live = [beam for beam, _ in counts] or [b for b in distinct if not _ended(b)]
         growths: list[Growth] = []
         for beam, times in counts:
-            if times:
-                growths.append(Growth(beam=beam, times=times, place=start))
-                start += times
+            growths.append(Growth(beam=beam, times=times, place=start))
+            start += times
         return growths
 
-    def _counts(self, growing: list[Beam], free: int) -> list[tuple[Beam, int]]:
+    def _counts(self, distinct: list[Beam], drawn: list[Beam]) -> list[tuple[Beam, int]]:
         """How often each beam is gone on with, by place."""
-        draws = free * self.branch
-        if self.allocate in ("top_k", "diverse"):
-            return [(beam, self.branch) for beam in sorted(ranked(growing)[:free], key=_place)]
-        scores = [beam.score for beam in growing]
-        if self.allocate == "balanced":
-            return list(zip(growing, balanced(scores, draws, self.temperature), strict=True))
-        rng = random.Random(f"{self.seed} {self.first} {self.rounds}")
-        counts = resampled(odds(scores, self.temperature), draws, rng.random())
-        return list(zip(growing, counts, strict=True))
+        growing = [beam for beam in distinct if not _ended(beam)]
+        match self.allocate:
+            case "top_k" | "diverse":
+                best = sorted(ranked(distinct)[: self.width - self._taken], key=_place)
+                self._taken += sum(map(_ended, best))
+                over = self._taken >= self.width
+                return [] if over else [(beam, self.branch) for beam in best if not _ended(beam)]
+            case "balanced":
+                draws = self.draws - len(self.finished)
+                if not growing or draws <= 0:
+                    return []
+                scores = [beam.score for beam in growing]
+                return list(zip(growing, balanced(scores, draws, self.temperature), strict=True))
+            case "resample":
+                said = Counter(beam.candidate.token_ids for beam in drawn)
+                particles = [(beam, said[beam.candidate.token_ids]) for beam in distinct]
+                particles += self._at_rest
+                if not growing:
+                    return []
+                weights = odds([beam.score for beam, _ in particles], self.temperature)
+                weights = [w * many for w, (_, many) in zip(weights, particles, strict=True)]
+                rng = random.Random(f"{self.seed} {self.first} {self.rounds}")
+                counts = resampled(weights, self.draws, rng.random())
+                again = list(zip([beam for beam, _ in particles], counts, strict=True))
+                self._at_rest = [(beam, many) for beam, many in again if _ended(beam)]
+                return [(beam, many) for beam, many in again if not _ended(beam)]
 
 
 Search = Literal["bfs", "dfs", "best_first", "mcts"]
@@ -304,3 +322,7 @@ def _shares(weights: Sequence[float], draws: int) -> list[int]:
 
 def _place(beam: Beam) -> int:
     return beam.place
+
+
+def _ended(beam: Beam) -> bool:
+    return beam.candidate.finish_reason != "step"

@@ -121,6 +121,8 @@ class Candidate:
     """The candidate that its last sequence goes on with."""
     inherited: int = 0
     """How many of its tokens are the parent's."""
+    inherited_chars: int = 0
+    """How much of its text is."""
     answer: str | None = None
     """The extracted answer in canonical form; None if there is none."""
     logprobs: tuple[float, ...] = ()

@@ -36,7 +36,7 @@ from strategies.registry import ANY_STRATEGY, STRATEGIES
 
 T = TypeVar("T")
 
-PROBLEM = Problem(token_ids=(1, 2, 3), max_tokens=12, seed=7)
+PROBLEM = Problem(token_ids=(1, 2, 3), text="How many?", max_tokens=12, seed=7)
 N = 6
 SMALL: dict[str, object] = {
     "n": N,
@@ -92,7 +92,8 @@ def variants(kind: type[Strategy]) -> list[Strategy]:
         chosen = dict(zip(fields, values, strict=True))
         for choice in list(chosen.items()):
             chosen |= MORE.get(choice, {})
-        for more in (size, size | {"verifier": "fake"}, by_token):
+        unasked = {field: value for field, value in size.items() if field != "evaluations"}
+        for more in (size, size | {"verifier": "fake"}, unasked, by_token):
             with suppress(ValidationError):
                 found.append(kind.model_validate({**chosen, **more}))
                 break

@@ -1,7 +1,7 @@
 """The frontier of a search, without an event loop: who grows, how often, and what is kept."""
 
 from itertools import pairwise
-from math import ceil, exp, floor
+from math import ceil, exp, floor, log
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,9 @@ from strategies.core.tree import (
     Allocate,
     Beam,
     Frontier,
+    Node,
+    Search,
+    Tree,
     balanced,
     merged,
     odds,
@@ -169,19 +172,57 @@ def test_top_k_goes_on_with_the_best(search, eighths):
     assert all(growth.times == 3 for growth in growths)
 
 
-def test_a_search_is_over_when_all_of_its_width_has_ended():
+def test_what_ended_among_the_best_takes_its_beam_with_it():
     frontier = Frontier(allocate="top_k", width=2, branch=2)
     [growth] = frontier.advance()
     assert (growth.beam, growth.times) == (None, 4)
     for at, finish in enumerate(("stop", "step", "step", "step")):
-        frontier.insert(beam(at, (at,), at / 8, finish))
-    [growth] = frontier.advance()  # one beam is left, the best
+        frontier.insert(beam(at, (at,), 1 - at / 8, finish))
+    [growth] = frontier.advance()  # one beam is left
     assert growth.beam is not None
-    assert (growth.beam.place, growth.times, growth.place) == (3, 2, 4)
-    frontier.insert(beam(4, (3, 1), 0.1, "length"))
-    frontier.insert(beam(5, (3, 2), 0.9))
+    assert (growth.beam.place, growth.times, growth.place) == (1, 2, 4)
+    frontier.insert(beam(4, (1, 1), 0.9, "length"))
+    frontier.insert(beam(5, (1, 2), 0.1))
     assert frontier.advance() == []
     assert [one.place for one in frontier.leaves()] == [0, 4, 5]
+
+
+def test_what_ended_badly_takes_no_beam_and_is_kept_all_the_same():
+    frontier = Frontier(allocate="diverse", width=1, branch=2)
+    frontier.advance()
+    frontier.insert(beam(0, (0,), 0.02, "stop"))
+    frontier.insert(beam(1, (1,), 0.95))
+    [growth] = frontier.advance()
+    assert growth.beam is not None
+    assert growth.beam.place == 1
+    frontier.insert(beam(2, (1, 2), 0.9, "stop"))
+    assert frontier.advance() == []
+    assert [one.place for one in frontier.leaves()] == [0, 2]
+
+
+def test_equal_particles_keep_the_weight_of_their_number():
+    times = [0, 0]
+    for seed in range(50):
+        frontier = Frontier(allocate="resample", width=4, branch=4, seed=seed)
+        frontier.advance()
+        for at in range(15):
+            frontier.insert(beam(at, (1,), 0.5))
+        frontier.insert(beam(15, (2,), 0.5))
+        for growth in frontier.advance():
+            assert growth.beam is not None
+            times[growth.beam.candidate.token_ids[0] - 1] += growth.times
+    assert sum(times) == 50 * 16
+    assert times[1] / 50 == pytest.approx(1, abs=0.2)
+
+
+def test_ended_particles_stay_among_the_others():
+    frontier = Frontier(allocate="resample", width=2, branch=2)
+    frontier.advance()
+    frontier.insert(beam(0, (1,), 0.999, "stop"))
+    for at in range(1, 4):
+        frontier.insert(beam(at, (at + 1,), 0.01))
+    growths = frontier.advance()
+    assert sum(growth.times for growth in growths) <= 1, "most particles rest at what ended"
 
 
 def test_frontiers_side_by_side_number_their_draws_apart():
@@ -192,3 +233,107 @@ def test_frontiers_side_by_side_number_their_draws_apart():
         drawn.run(4)
         places += drawn.places
     assert sorted(places) == list(range(24))
+
+
+# --- trees of thoughts
+
+
+def grown(search: Search, scores: dict[tuple[int, ...], float], rounds: int, **more: float) -> Tree:
+    """A tree whose nodes have the scores of their paths; a path without a score has none below."""
+    tree = Tree(search=search, **{"width": 1, **more})
+    place = 0
+    for _ in range(rounds):
+        for node in tree.choose():
+            path = node.beam.candidate.token_ids if node.beam else ()
+            beams: list[Beam] = []
+            for last in range(3):
+                if (*path, last) in scores:
+                    below = any(one[:-1] == (*path, last) for one in scores)
+                    finish: FinishReason = "step" if below else "stop"
+                    beams.append(beam(place, (*path, last), scores[*path, last], finish))
+                    place += 1
+            tree.insert(node, beams)
+    return tree
+
+
+def paths(nodes: list[Node]) -> list[tuple[int, ...]]:
+    return [node.beam.candidate.token_ids if node.beam else () for node in nodes]
+
+
+SCORES = {
+    (0,): 0.9,
+    (1,): 0.8,
+    (2,): 0.1,
+    (0, 0): 0.2,
+    (0, 1): 0.05,
+    (1, 0): 0.7,
+    (1, 1): 0.6,
+    (2, 0): 1.0,
+    (0, 0, 0): 0.2,
+    (1, 0, 0): 0.9,
+}
+
+
+def test_bfs_keeps_the_best_of_a_level_and_drops_the_others_for_good():
+    tree = grown("bfs", SCORES, 1, width=2)
+    assert paths(tree.choose()) == [(0,), (1,)]
+    tree = grown("bfs", SCORES, 2, width=2)
+    assert paths(tree.choose()) == [(1, 0), (0, 0)]
+    tree = grown("bfs", SCORES, 3, width=2)
+    assert tree.choose() == [], "(2,) was dropped, and the others have ended"
+
+
+def test_dfs_follows_the_best_child_and_turns_back_below_the_threshold():
+    order: list[tuple[int, ...]] = []
+    tree = Tree(search="dfs", width=1, threshold=0.3)
+    for rounds in range(1, 5):
+        tree = grown("dfs", SCORES, rounds, threshold=0.3)
+        order += paths(tree.choose())[:1]
+    assert order == [(0,), (1,), (1, 0)], "(0, 0) and (2,) are below the threshold"
+
+
+def test_best_first_grows_the_best_of_all():
+    order: list[tuple[int, ...]] = []
+    for rounds in range(1, 6):
+        order += paths(grown("best_first", SCORES, rounds).choose())
+    assert order == [(0,), (1,), (1, 0), (0, 0), (2,)]
+
+
+def test_mcts_follows_the_upper_confidence_bound():
+    tree = grown("mcts", SCORES, 1, exploration=1.0)
+    first, second, third = tree.root.children
+    assert (tree.root.visits, first.visits) == (3, 1)
+    bounds = [
+        node.worth / node.visits + (log(tree.root.visits) / node.visits) ** 0.5
+        for node in (first, second, third)
+    ]
+    assert paths(tree.choose()) == [(bounds.index(max(bounds)),)]
+    greedy = [paths(grown("mcts", SCORES, rounds, exploration=0).choose()) for rounds in (1, 2, 3)]
+    # After (0,) its mean falls to (0.9 + 0.2 + 0.05) / 3, below that of (1,).
+    assert greedy == [[(0,)], [(1,)], [(1, 0)]]
+
+
+def test_mcts_sends_those_that_go_together_to_different_leaves():
+    tree = grown("mcts", SCORES, 1, width=3, exploration=1.0)
+    assert sorted(paths(tree.choose())) == [(0,), (1,), (2,)]
+    assert tree.root.visits == 3, "and what kept them apart is taken back"
+
+
+@given(st.sampled_from(["bfs", "dfs", "best_first", "mcts"]), st.integers(1, 4))
+def test_no_node_grows_twice_and_every_search_ends(search: Search, width: int):
+    tree = Tree(search=search, width=width)
+    grew: list[tuple[int, ...]] = []
+    place = 0
+    for _ in range(60):
+        chosen = tree.choose()
+        if not chosen:
+            break
+        grew += paths(chosen)
+        for node in chosen:
+            path = node.beam.candidate.token_ids if node.beam else ()
+            finish: FinishReason = "step" if len(path) < 2 else "stop"
+            tree.insert(node, [beam(place + at, (*path, at), at / 3, finish) for at in range(3)])
+            place += 3
+    else:
+        raise AssertionError("it never ends")
+    assert len(set(grew)) == len(grew)
