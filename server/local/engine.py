@@ -195,6 +195,7 @@ class LocalEngine:
         while self._continues.get(path[-1]) in self.outputs:
             path.append(self._continues[path[-1]])
         merged, *others = (twin(self.outputs[at]) for at in reversed(path))
+        merged.prompt_token_ids = list(self._prompt_ids)
         [output] = merged.outputs
         for other in others:
             before = output.cumulative_logprob

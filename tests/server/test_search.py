@@ -78,10 +78,19 @@ def test_chat_gives_the_whole_answer_with_its_log_probabilities(client: httpx.Cl
             {"strategy": {"kind": "beam_search", "level": "token"}, "temperature": 0.5},
             "temperature",
         ),
+        ({"strategy": {"kind": "tree_of_thoughts", "thoughts": "propose"}}, "verifier.kind"),
         (
-            {"strategy": {"kind": "tree_of_thoughts", "thoughts": "propose"}, "logprobs": True},
+            {
+                "strategy": {
+                    "kind": "tree_of_thoughts",
+                    "thoughts": "propose",
+                    "evaluate": "value",
+                },
+                "logprobs": True,
+            },
             "logprobs",
         ),
+        ({"stop": ["so"]}, "stop"),
         ({"n": 9}, "n"),
     ],
     ids=str,
