@@ -293,13 +293,13 @@ class LocalEngine:
 
     def _keep(self, index: int, piece: RequestOutput) -> None:
         known = self.outputs.get(index)
-        if index in self._continues:
-            piece.prompt_token_ids = None  # it is the path's, and long
-        else:
-            self.latest[index] = piece
+        self.latest[index] = piece
         if known is None:
             # A copy of its own: merging must not change the piece that a stream sends on.
             self.outputs[index] = twin(piece)
+            if index in self._continues:
+                self.outputs[index].prompt_token_ids = None  # long, and told by the first step's
+                del self.latest[index]
         else:
             known.add(piece, aggregate=True)
 

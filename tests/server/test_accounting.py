@@ -186,7 +186,8 @@ async def test_no_overspend_in_a_thousand_random_requests(server):
             if kind == "tree_of_thoughts":
                 fields["search"] = rng.choice(["bfs", "dfs", "best_first", "mcts"])
                 fields["evaluate"] = rng.choice(["verifier", "value", "vote"])
-                fields["thoughts"] = rng.choice(["sample", "sample", "propose"])
+                if fields["evaluate"] != "verifier":
+                    fields["thoughts"] = rng.choice(["sample", "propose"])
                 fields["max_nodes"] = 24
             body = {
                 "model": "mull-tiny",
