@@ -107,7 +107,7 @@ def test_what_cannot_be_kept_step_by_step_is_refused(
 @pytest.mark.slow
 def test_over_tokens_it_finds_what_transformers_finds(client: httpx.Client):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MULL_TINY)
-    model = AutoModelForCausalLM.from_pretrained(MULL_TINY, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(MULL_TINY, dtype=torch.float32)
     width = 3
     for item in exam(11, 25):
         turns = [{"role": "user", "content": item.prompt}]

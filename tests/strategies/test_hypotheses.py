@@ -22,12 +22,14 @@ class Chain(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
 
     def __init__(self, table: torch.Tensor) -> None:
-        super().__init__(PretrainedConfig(vocab_size=VOCABULARY, eos_token_id=END, pad_token_id=5))
+        config: Any = PretrainedConfig
+        super().__init__(config(vocab_size=VOCABULARY, eos_token_id=END, pad_token_id=5))
         self.table = torch.nn.Parameter(table)
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutput:
         before = torch.cat([torch.full_like(input_ids[:, :1], START), input_ids[:, :-1]], dim=1)
-        return CausalLMOutput(logits=self.table[before, input_ids])
+        logits: Any = self.table[before, input_ids]
+        return CausalLMOutput(logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **_: Any) -> dict[str, Any]:
         return {"input_ids": input_ids}
@@ -47,7 +49,8 @@ def ours(table: torch.Tensor, width: int, length_penalty: float) -> list[tuple[l
 
 
 def theirs(table: torch.Tensor, width: int, length_penalty: float) -> list[tuple[list[int], float]]:
-    found = Chain(table).generate(
+    model: Any = Chain(table)
+    found = model.generate(
         torch.tensor([[START]]),
         num_beams=width,
         num_return_sequences=width,
