@@ -12,11 +12,8 @@ from strategies.core.context import Context, Draw, Sampling
 from strategies.core.errors import BudgetSpent, NoCandidate
 from strategies.core.hypotheses import Hypotheses, Hypothesis
 from strategies.core.strategy import Strategy, VerifierChoice
-from strategies.core.tree import Allocate, Beam, Frontier
+from strategies.core.tree import MOST_DRAWS, Allocate, Beam, Frontier
 from strategies.core.types import Candidate, Combine, Outcome, Problem, Verdict, combined
-
-MOST_DRAWS = 256
-"""Sequences that one round may have."""
 
 WIDEST_BY_TOKEN = 10
 """It takes the `2 * width` likeliest tokens, and vLLM tells 20 unless it is told otherwise."""
@@ -81,7 +78,6 @@ class BeamSearch(Strategy, frozen=True):
         description="Temperature of the softmax of `balanced`, where it is 0.1, and of the odds of "
         "`resample`, where it is 1.",
     )
-
     length_penalty: float | None = Field(
         default=None,
         ge=-10,

@@ -11,13 +11,10 @@ from strategies.best_of_n import Select, elect
 from strategies.core.context import Context, Draw, Sampling
 from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
 from strategies.core.strategy import Strategy, VerifierChoice
-from strategies.core.tree import Beam, Node, Search, Tree
+from strategies.core.tree import MOST_DRAWS, Beam, Node, Search, Tree
 from strategies.core.types import Candidate, Combine, Outcome, Problem, Turn, Verdict, combined
 
 T = TypeVar("T")
-
-MOST_DRAWS = 256
-"""Sequences that one round may have."""
 
 PROPOSE = """Here is a problem:
 

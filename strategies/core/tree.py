@@ -13,6 +13,9 @@ from typing import Literal
 
 from strategies.core.types import Candidate
 
+MOST_DRAWS = 256
+"""Sequences that one round of a search may have."""
+
 Allocate = Literal["top_k", "diverse", "balanced", "resample"]
 """Who grows, and how often, once all draws of a round are in.
 
