@@ -21,8 +21,8 @@ STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 _SHE = ("Ann", "Mia", "Eva", "Zoe", "Ivy", "Kim", "Amy", "Liz")
 _HE = ("Tom", "Bob", "Sam", "Leo", "Max", "Dan", "Ben", "Jon")
-_NAMES = _SHE + _HE
-_THINGS = ("apples", "coins", "books", "cards", "shells", "stamps", "pens", "eggs", "nuts", "stars")
+NAMES = _SHE + _HE
+THINGS = ("apples", "coins", "books", "cards", "shells", "stamps", "pens", "eggs", "nuts", "stars")
 _CONTAINERS = ("bags", "boxes", "packs", "jars", "trays", "crates")
 _PLACES = ("park", "garden", "shop", "school", "beach", "market")
 
@@ -153,14 +153,19 @@ class Sum(Walk):
         return all(self.total + fact.change >= 0 for fact in owed)
 
 
+def pronouns(name: str) -> tuple[str, str]:
+    """As a subject that begins a sentence, and as an object."""
+    return ("She", "her") if name in _SHE else ("He", "him")
+
+
 def problem(rng: random.Random, steps: int) -> Item:
     """One problem whose shortest solution has `steps` operations.
 
     The same numbers in other words or another order are the same problem.
     """
-    owner = rng.choice(_NAMES)
-    she, her = ("She", "her") if owner in _SHE else ("He", "him")
-    thing = rng.choice(_THINGS)
+    owner = rng.choice(NAMES)
+    she, her = pronouns(owner)
+    thing = rng.choice(THINGS)
     keys = _Keys(rng, owner)
     while True:
         facts = _facts(rng, steps, keys)
@@ -171,7 +176,7 @@ def problem(rng: random.Random, steps: int) -> Item:
     story = [f"{owner} has {_amount(facts[0], thing)}."]
     story += [_told(rng, fact, she, her, thing) for fact in facts[1:]]
     if rng.random() < 0.2:  # a fact that does not matter
-        other = rng.choice([one for one in _THINGS if one != thing])
+        other = rng.choice([one for one in THINGS if one != thing])
         story.insert(
             rng.randint(1, len(story)), f"{keys.friends[-1]} has {rng.randint(2, 99)} {other}."
         )
@@ -193,7 +198,7 @@ class _Keys:
 
     def __init__(self, rng: random.Random, owner: str) -> None:
         self.owner = owner
-        self.friends = rng.sample([name for name in _NAMES if name != owner], 7)
+        self.friends = rng.sample([name for name in NAMES if name != owner], 7)
         self.places = rng.sample(_PLACES, len(_PLACES))
         self.containers = rng.sample(_CONTAINERS, 3)
 
