@@ -1,9 +1,11 @@
 """Best-of-N: sample independently, keep what the verifier likes most (Cobbe et al. 2021)."""
 
+import random
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from math import log
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from strategies.core.context import Context
 from strategies.core.errors import BudgetSpent
@@ -18,8 +20,11 @@ class BestOfN(Strategy, frozen=True):
     """Draw `n` samples, judge them all, return the best.
 
     `max` returns the candidate with the highest score; `weighted` adds up the scores of equivalent
-    answers and returns the best candidate of the heaviest answer (Li et al. 2023). A sample that a
-    limit cut short wins only if no other ended by itself. Ties go to the earliest sample.
+    answers and returns the best candidate of the heaviest answer (Li et al. 2023); `soft` draws one
+    with probability in proportion to exp(score / softness), which stays nearer to what the model
+    says by itself, and so gives an over-trusted verifier less to spoil (soft best-of-n, Verdun et
+    al. 2025, arXiv:2505.03156). A sample that a limit cut short wins only if no other ended by
+    itself. Ties go to the earliest sample.
     """
 
     cost: ClassVar[str] = "n samples and one batched verification"
@@ -31,11 +36,25 @@ class BestOfN(Strategy, frozen=True):
 
     kind: Literal["best_of_n"] = "best_of_n"
     n: int = Field(default=8, ge=1, le=256, description="Samples to draw.")
-    select: Select = Field(default="max", description="Best score, or score-weighted vote.")
+    select: Literal["max", "weighted", "soft"] = Field(
+        default="max", description="Best score, score-weighted vote, or a draw by score."
+    )
+    softness: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="For select `soft`, where it is 0.1: near 0 is `max`, large is any sample.",
+    )
     verifier: VerifierChoice = Field(
         default=VerifierChoice(kind="likelihood"),
         description="Who judges: a kind from GET /v1/verifiers, or an object with its parameters.",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.softness is not None and self.select != "soft":
+            raise ValueError("'softness' needs select 'soft'")
+        return self
 
     def most(self) -> int:
         """All its samples."""
@@ -58,7 +77,21 @@ class BestOfN(Strategy, frozen=True):
             candidate.index: verdict.score
             for candidate, verdict in zip(candidates, verdicts, strict=bool(verdicts))
         }
-        return await elect(problem, ctx, candidates, scores, self.select)
+        if self.select != "soft":
+            return await elect(problem, ctx, candidates, scores, self.select)
+        worth = softened(scores, self.softness or 0.1, seed=problem.seed)
+        return await ctx.choose(problem, _ranked(candidates, worth), scores=scores)
+
+
+def softened(scores: Mapping[int, float], softness: float, seed: int | None) -> dict[int, float]:
+    """Worths by index, of which the largest is that of a draw by exp(score / softness).
+
+    The order of all is that of draws without putting back (the Gumbel trick).
+    """
+    rng = random.Random(seed)
+    return {
+        index: scores[index] / softness - log(-log(rng.random() or 0.5)) for index in sorted(scores)
+    }
 
 
 async def elect(
@@ -72,14 +105,10 @@ async def elect(
 
     What nobody judged has no vote, and wins only if nothing that ended as it did was judged.
     """
-    order = {candidate.index: at for at, candidate in enumerate(candidates)}
-
-    def badness(one: Candidate) -> tuple[float, ...]:
-        score = scores.get(one.index)
-        return (not one.complete, score is None, -(score or 0.0), order[one.index])
-
+    ranked = _ranked(candidates, scores)
     if select == "max":
-        return await ctx.choose(problem, sorted(candidates, key=badness), scores=scores)
+        return await ctx.choose(problem, ranked, scores=scores)
+    order = {candidate.index: at for at, candidate in enumerate(candidates)}
     tally = Tally()
     voted: dict[int, str] = {}
     for candidate in [one for one in candidates if one.complete] or candidates:
@@ -90,7 +119,15 @@ async def elect(
         counted = tally.count(place, candidate.answer, score, order[candidate.index])
         voted[candidate.index] = counted
         ctx.vote(candidate, counted, score)
-    best_first = sorted(
-        candidates, key=lambda one: (tally.rank(voted.get(one.index)), *badness(one))
-    )
+    best_first = sorted(ranked, key=lambda one: tally.rank(voted.get(one.index)))
     return await ctx.choose(problem, best_first, scores=scores, votes=tally.votes)
+
+
+def _ranked(candidates: Sequence[Candidate], worth: Mapping[int, float]) -> list[Candidate]:
+    """Best first: what ended by itself, then what was judged, then what is worth more."""
+
+    def badness(one: Candidate) -> tuple[float, ...]:
+        score = worth.get(one.index)
+        return (not one.complete, score is None, -(score or 0.0))
+
+    return sorted(candidates, key=badness)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from finetune.tiny import loop, sampling
 from finetune.tiny import tokenizer as tokenizers
+from finetune.tiny.muon import Muon
 from finetune.tiny.problems import FAMILIES, Example, draw, examples
 from models import MULL_TINY
 
@@ -35,8 +36,9 @@ class Recipe(ABC):
     seed: int = 0
     rank: int = 16
     alpha: int = 32
-    rate: float = 2e-3
-    warm_up: int = 20
+    rate: float = 0.02
+    """Muon's: weights that Muon made are large, and AdamW moves them too little."""
+    warm_up: int = 10
     processes: int = 2
 
     def manifest(self) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def _train(rank: int, recipe: Recipe, path: Path, out: Path) -> None:
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
     steps = loop.descend(
         model,
-        [loop.adamw(weights, recipe.rate)],
+        [Muon(weights, lr=recipe.rate, weight_decay=0.0, rank=rank, ranks=recipe.processes)],
         batches,
         steps=recipe.steps,
         schedule=lambda step: min((step + 1) / recipe.warm_up, 1 - step / recipe.steps),

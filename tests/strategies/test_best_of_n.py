@@ -1,16 +1,18 @@
 """Best-of-N: who wins, and what is never allowed to win."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import exp, sqrt
 
 import pytest
 from pydantic import ValidationError
 
-from strategies.best_of_n import BestOfN
+from strategies.best_of_n import BestOfN, softened
 from strategies.core.budget import Limits
 from strategies.core.errors import VerifierFailed
 from strategies.core.events import Scored, Voted
 from strategies.core.testing import FakeEngine, FakeVerifier, RecordingContext, context
-from strategies.core.types import Candidate, Problem, Verdict
+from strategies.core.types import Candidate, Outcome, Problem, Verdict
 from strategies.likelihood import Likelihood
 
 PROBLEM = Problem(token_ids=(1, 2), max_tokens=4)
@@ -59,7 +61,7 @@ async def test_all_samples_are_judged_in_one_batch():
     assert batches == [5]
 
 
-@pytest.mark.parametrize("select", ["max", "weighted"])
+@pytest.mark.parametrize("select", ["max", "weighted", "soft"])
 async def test_a_sample_cut_short_loses_to_any_that_ended_by_itself(select: str):
     texts = ["9 and so on and on", "1", "9 and so on and on"]
     async with at_work(texts, scored(1.0, 0.1, 1.0)) as ctx:
@@ -170,3 +172,32 @@ def test_a_verifier_is_named_alone_or_with_its_parameters():
     assert by_name.verifier.kind == "judge"
     with_more = BestOfN.model_validate({"verifier": {"kind": "likelihood", "over": "sum"}})
     assert with_more.verifier.model_extra == {"over": "sum"}
+
+
+def test_soft_selection_draws_by_the_exponential_of_the_score():
+    scores = {0: 0.2, 1: 0.8, 2: 0.5}
+    draws = [softened(scores, 0.3, seed) for seed in range(4000)]
+    first = [max(draw, key=lambda index: draw[index]) for draw in draws]
+    total = sum(exp(score / 0.3) for score in scores.values())
+    for index, score in scores.items():
+        share = exp(score / 0.3) / total
+        assert abs(first.count(index) / len(first) - share) < 4 * sqrt(share / len(first))
+
+
+async def test_soft_selection_is_seeded_and_reports_the_scores_themselves():
+    async def solved(softness: float, seed: int) -> Outcome:
+        async with at_work(["1", "2", "3"], scored(0.2, 0.9, 0.5)) as ctx:
+            strategy = BestOfN(n=3, select="soft", softness=softness)
+            return await strategy.solve(replace(PROBLEM, seed=seed), ctx)
+
+    chosen = [(await solved(100, seed)).chosen.index for seed in range(20)]
+    assert chosen == [(await solved(100, seed)).chosen.index for seed in range(20)]
+    assert set(chosen) == {0, 1, 2}
+    hard = [await solved(0.001, seed) for seed in range(20)]
+    assert {outcome.chosen.index for outcome in hard} == {1}
+    assert hard[0].scores == {0: 0.2, 1: 0.9, 2: 0.5}
+
+
+def test_softness_is_for_soft_selection_only():
+    with pytest.raises(ValidationError, match="'softness' needs select 'soft'"):
+        BestOfN(softness=0.1)
