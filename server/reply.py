@@ -34,6 +34,12 @@ def mull_field(selection: Selection) -> JSON:
             "engine_cached_tokens": usage.cached,
         },
     }
+    if usage.consultations:
+        field["endpoints"] = {
+            "calls": usage.consultations,
+            "prompt_tokens": usage.consulted_prompt,
+            "completion_tokens": usage.consulted,
+        }
     if run.outcome is not None:
         field |= {
             "answer": run.outcome.chosen.answer,

@@ -8,7 +8,7 @@ from server.trace import Trace, Usage
 from strategies.core.answers import Answers
 from strategies.core.budget import Budget, Limits
 from strategies.core.context import Context, Reader, Verifier
-from strategies.core.engine import Engine
+from strategies.core.engine import Engine, Remote
 from strategies.core.errors import MullError
 from strategies.core.events import Event, Failed
 from strategies.core.sandbox import Sandbox
@@ -28,6 +28,7 @@ class Run:
         answers: Answers,
         listen: Callable[[Event], None],
         name: str,
+        remote: Remote | None = None,
     ) -> None:
         self.id = name
         self.selection = selection
@@ -44,6 +45,7 @@ class Run:
             verifier=selection.verifier,
             answer_format=selection.strategy.answer,
             read=selection.read,
+            remote=remote,
         )
 
     async def solve(self) -> Outcome:

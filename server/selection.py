@@ -21,6 +21,7 @@ from server.errors import nearest, refusal
 from server.run import Selection
 from server.settings import Settings
 from server.verifiers.catalogue import resolve
+from server.verifiers.judge import Judge
 from server.wire import JSON, as_list, as_object
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
@@ -135,7 +136,7 @@ def choose(
     if trace and body.get("stream") and path not in _CHUNKED:
         raise InvalidRequest(f"a stream of {path} has no room for a trace", field="trace")
     limits = (budget or Limits()).over(choice.budget).capped(settings.limits)
-    asked, selection = select(choice.strategy, limits, rest)
+    asked, selection = select(choice.strategy, limits, rest, settings)
     _sign(selection, body, headers)
     selection.trace = trace
     return asked, selection
@@ -153,7 +154,7 @@ def from_xargs(extra: JSON, settings: Settings) -> Selection | None:
     choice = _named(named, "vllm_xargs.strategy", settings)
     budget = _budget(None, _loaded(extra.get("budget"), "vllm_xargs.budget")) or Limits()
     limits = budget.over(choice.budget).capped(settings.limits)
-    _, selection = select(choice.strategy, limits, {})
+    _, selection = select(choice.strategy, limits, {}, settings)
     selection.owner = _NOBODY
     return selection
 
@@ -176,7 +177,9 @@ def traced(body: JSON) -> bool:
     return trace
 
 
-def select(strategy: Strategy, limits: Limits, request: JSON) -> tuple[JSON, Selection]:
+def select(
+    strategy: Strategy, limits: Limits, request: JSON, settings: Settings
+) -> tuple[JSON, Selection]:
     """The request that vLLM is to see, and the strategy with its budget and verifier, ready to run.
 
     Raises:
@@ -209,7 +212,7 @@ def select(strategy: Strategy, limits: Limits, request: JSON) -> tuple[JSON, Sel
     if prompts and len(prompts) > 1 and not all(isinstance(one, int) for one in prompts):
         raise InvalidRequest("a strategy takes one prompt per request", field="prompt")
     choice = strategy.judged_by()
-    verifier = None if choice is None else resolve(choice)
+    verifier = None if choice is None else resolve(choice, settings.endpoints)
     if verifier is not None and strategy.stepwise and not verifier.stepwise:
         raise InvalidRequest(
             f"{strategy.kind} needs a verifier that judges single steps, and '{verifier.kind}' "
@@ -222,11 +225,15 @@ def select(strategy: Strategy, limits: Limits, request: JSON) -> tuple[JSON, Sel
             "knows of words from elsewhere",
             field="verifier.kind",
         )
-    if isinstance(verifier, Ensemble) and verifier.relative and not strategy.judges_together:
+    if (
+        isinstance(verifier, Ensemble | Judge)
+        and verifier.relative
+        and not strategy.judges_together
+    ):
         raise InvalidRequest(
-            f"{strategy.kind} does not judge all answers at once, so no vote can be taken on them; "
-            "agree by 'mean' or 'min'",
-            field="verifier.agree",
+            f"{strategy.kind} does not judge all answers at once, so they cannot be compared with "
+            "each other: an ensemble is to agree by 'mean' or 'min', a judge to 'grade'",
+            field="verifier",
         )
     return _with_prompting(request, strategy), Selection(
         strategy=strategy,

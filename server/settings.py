@@ -9,6 +9,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from server.endpoints import Endpoint
 from server.verifiers.catalogue import resolve
 from server.wire import as_object
 from strategies.core.budget import Limits
@@ -25,20 +26,11 @@ class Preset(BaseModel):
     budget: Limits = Field(default=Limits(), description="Where the request sets none.")
     description: str = Field(default="", max_length=1000)
 
-    @model_validator(mode="after")
-    def _judged(self) -> Self:
-        if (choice := self.strategy.judged_by()) is not None:
-            try:
-                resolve(choice)
-            except InvalidRequest as error:
-                raise ValueError(str(error)) from None
-        return self
-
 
 class Settings(BaseModel):
     """What an operator may set: in the YAML file that MULL_CONFIG names, or as MULL_<NAME>.
 
-    The environment wins. Presets and limits are for the file only.
+    The environment wins. Presets, endpoints and limits are for the file only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +54,9 @@ class Settings(BaseModel):
         default=256, ge=0, le=100_000, description="Ended runs that GET /v1/traces still knows."
     )
     limits: Limits = Field(default=Limits(), description="No request's budget is larger.")
+    endpoints: dict[str, Endpoint] = Field(
+        default_factory=dict[str, Endpoint], description="Servers that verifiers may ask, by name."
+    )
     presets: dict[str, Preset] = Field(
         default_factory=dict[str, Preset], description="Strategies by name."
     )
@@ -76,6 +71,16 @@ class Settings(BaseModel):
                 raise ValueError(f"'{name}' is a strategy, and cannot be a preset as well")
         return presets
 
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        for name, preset in self.presets.items():
+            if (choice := preset.strategy.judged_by()) is not None:
+                try:
+                    resolve(choice, self.endpoints)
+                except InvalidRequest as error:
+                    raise ValueError(f"preset '{name}': {error}") from None
+        return self
+
     @classmethod
     def read(cls) -> "Settings":
         """From the file and the environment.
@@ -86,7 +91,7 @@ class Settings(BaseModel):
         """
         path = os.environ.get("MULL_CONFIG")
         found = _file(Path(path)) if path else {}
-        scalars = cls.model_fields.keys() - {"limits", "presets"}
+        scalars = cls.model_fields.keys() - {"limits", "presets", "endpoints"}
         names = {name: os.environ.get(f"MULL_{name.upper()}") for name in scalars}
         given = {name: value for name, value in names.items() if value is not None}
         try:

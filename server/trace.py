@@ -13,6 +13,7 @@ from strategies.core.events import (
     Aborted,
     Chosen,
     Committed,
+    Consulted,
     Event,
     Failed,
     Grown,
@@ -51,6 +52,10 @@ class Usage:
     """Those of them that a verifier made."""
     answer_cached: int = 0
     """Prompt tokens from the prefix cache when the answer was generated."""
+    consulted: int = 0
+    """Those of the verifier's tokens that other servers generated."""
+    consulted_prompt: int = 0
+    consultations: int = 0
 
     @property
     def generated(self) -> int:
@@ -116,6 +121,7 @@ class Trace:
         answer_cached = 0
         best = -1
         kept = discarded = aborted = verifier = prompt = cached = calls = reads = 0
+        consulted = consulted_prompt = consultations = 0
         for _, event in reversed(self.events):
             match event:
                 case Chosen():
@@ -143,6 +149,11 @@ class Trace:
                     prompt += event.prompt_tokens
                     cached += event.cached_tokens
                     verifier += event.tokens
+                case Consulted():
+                    consultations += 1
+                    consulted += event.tokens
+                    verifier += event.tokens
+                    consulted_prompt += event.prompt_tokens
                 case _:
                     pass
         return Usage(
@@ -155,6 +166,9 @@ class Trace:
             engine_calls=calls + reads,
             verifier_calls=reads,
             answer_cached=answer_cached,
+            consulted=consulted,
+            consulted_prompt=consulted_prompt,
+            consultations=consultations,
         )
 
 
@@ -175,6 +189,8 @@ def told(timed: Timed) -> dict[str, Any]:
             said |= {"index": event.index, "score": event.score, "steps": list(event.steps)}
         case Read():
             said |= {"tokens": event.tokens}
+        case Consulted():
+            said |= {"endpoint": event.name, "tokens": event.tokens}
         case Voted():
             said |= {"index": event.index, "answer": event.answer, "weight": event.weight}
         case Started() | Aborted():

@@ -26,7 +26,7 @@ class Ensemble:
     @property
     def relative(self) -> bool:
         """Whether its scores mean something only beside those of other candidates."""
-        return self._agree == "vote"
+        return self._agree == "vote" or any(getattr(one, "relative", False) for one in self.members)
 
     @property
     def logprobs(self) -> int | None:

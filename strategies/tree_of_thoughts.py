@@ -12,7 +12,16 @@ from strategies.core.context import Context, Draw, Sampling
 from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import MOST_DRAWS, Beam, Node, Search, Tree
-from strategies.core.types import Candidate, Combine, Outcome, Problem, Turn, Verdict, combined
+from strategies.core.types import (
+    Candidate,
+    Combine,
+    Outcome,
+    Problem,
+    Turn,
+    Verdict,
+    combined,
+    filled,
+)
 
 T = TypeVar("T")
 
@@ -409,10 +418,8 @@ class _Vote(_Asked):
 
 
 def _filled(prompt: str, **places: str) -> tuple[Turn, ...]:
-    """A prompt with its places filled, as a conversation; what fills them is not looked into."""
-    pattern = re.compile("|".join(f"{{{name}}}" for name in places))
-    content = pattern.sub(lambda found: places[found.group()[1:-1]], prompt)
-    return (Turn(role="user", content=content),)
+    """A prompt with its places filled, as a conversation."""
+    return (Turn(role="user", content=filled(prompt, **places)),)
 
 
 def _steps(candidate: Candidate | None) -> str:

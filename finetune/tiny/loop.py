@@ -172,14 +172,25 @@ def imitated(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
 def judged(
     tokenizer: PreTrainedTokenizerFast, example: Example, *, role: str, weight: float = 1.0
 ) -> Row:
-    """The end of each line is to be followed by a verdict; `role` is whose turn the solution is."""
+    """Each token of the solution is to be followed by a verdict on everything up to it.
+
+    `role` is whose turn the solution is. Verdicts are read at the ends of lines only, but a verdict
+    on every token is learned sooner (Cobbe et al. 2021, arXiv:2110.14168). There are none after the
+    first wrong line (as in Lightman et al. 2023, arXiv:2305.20050): that those lines are worthless
+    is known, and would teach no more than that late lines are.
+    """
+    assert example.right is not None
     asked = tokenizer(tokenizers.render(example.system, example.prompt, role)).input_ids
-    solved = tokenizer(example.solution + tokenizers.END).input_ids
+    written = example.solution + tokenizers.END
+    solved = tokenizer(written, return_offsets_mapping=True)
     good, bad = verdicts(tokenizer)
-    told = iter(example.good or ())
-    ends = line_ends(tokenizer)
-    follows = [(good if next(told) else bad) if token in ends else IGNORED for token in solved]
-    return Row(asked + solved, [IGNORED] * len(asked) + follows, weight)
+    right = len(written) if example.right == len(example.solution) else example.right
+    last = example.solution.find("\n", right) + 1 or len(written)
+    follows = [
+        (good if end <= right else bad) if start < last else IGNORED
+        for start, end in solved["offset_mapping"]
+    ]
+    return Row(asked + solved.input_ids, [IGNORED] * len(asked) + follows, weight)
 
 
 def verdicts(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:

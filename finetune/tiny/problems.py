@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from finetune.tiny import countdown, prices, word
 from finetune.tiny.countdown import reaches
-from finetune.tiny.solution import Family, Item, attempt, boxed, judged, solution
+from finetune.tiny.solution import Family, Item, attempt, boxed, right_until, solution
 
 FAMILIES: tuple[Family, ...] = ("word", "countdown")
 """What pretraining sees; `prices` is kept for adapters."""
@@ -38,18 +38,21 @@ _STEPS: dict[Family, tuple[int, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A question and a solution; `good` judges each of its lines, None: it is to be imitated."""
+    """A question and a solution.
+
+    `right` is how many of its leading characters are right; None: it is to be imitated.
+    """
 
     system: str | None
     prompt: str
     solution: str
-    good: tuple[bool, ...] | None = None
+    right: int | None = None
 
     @classmethod
     def judging(cls, item: Item, written: str) -> "Example":
         """Somebody's solution of an item, judged."""
-        good = tuple(good for _, good in judged(item, written))
-        return cls(system=None, prompt=item.prompt, solution=written, good=good)
+        right = right_until(item, written)
+        return cls(system=None, prompt=item.prompt, solution=written, right=right)
 
 
 def draw(

@@ -11,6 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 Family = Literal["word", "countdown", "prices"]
@@ -139,21 +140,39 @@ def attempt(item: Item, rng: random.Random, *, slip: float) -> str:
     return "\n".join([*lines, answered(answer)])
 
 
-def judged(item: Item, text: str) -> list[tuple[str, bool]]:
-    """Each line of a written solution, and whether all is right so far.
+def right_until(item: Item, text: str) -> int:
+    """How many leading characters of a written solution are right.
 
-    Right is what some walk writes, word for word. A right answer after a wrong line is still wrong:
-    it was not reached.
+    Right is what some walk to the answer writes, character for character. Nothing after the first
+    wrong character is right: a right answer was not reached from there.
     """
-    at, good, judgement = item.start, True, list[tuple[str, bool]]()
+    at, done = item.start, 0
+    while True:
+        line, newline, _ = text[done:].partition("\n")
+        if (answer := at.finished()) is not None:
+            if at.concluded(line):
+                return done + len(line)
+            return done + _common(line, answered(answer))
+        ahead = [(move, move.after(move.result)) for move in at.moves()]
+        lines = {move.line(): after for move, after in ahead if after.hopeful()}
+        if not newline or line not in lines:
+            return done + max((_common(line + newline, f"{one}\n") for one in lines), default=0)
+        at, done = lines[line], done + len(line) + 1
+
+
+def judged(item: Item, text: str) -> list[tuple[str, bool]]:
+    """Each line of a written solution, and whether all is right up to its end."""
+    right, ends = right_until(item, text), 0
+    judgement: list[tuple[str, bool]] = []
     for line in text.split("\n"):
-        if good and at.finished() is not None:
-            good = at.concluded(line)
-        elif good:
-            move = next((move for move in at.moves() if move.line() == line), None)
-            good = move is not None and (at := move.after(move.result)).hopeful()
-        judgement.append((line, good))
+        ends += len(line) + 1
+        judgement.append((line, right >= min(ends, len(text))))
     return judgement
+
+
+def _common(one: str, other: str) -> int:
+    """How many leading characters two texts share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _wrong(at: Walk, moves: list[Move]) -> list[Move]:

@@ -177,7 +177,7 @@ def _batches(
     def rows(pool: int) -> Iterator[loop.Row]:
         rng = random.Random(f"pool {recipe.seed} {pool} {rank}")
         for example in examples(rng, verified=recipe.verified):
-            if example.good is None:
+            if example.right is None:
                 yield loop.imitated(tokenizer, example)
             else:
                 yield loop.judged(tokenizer, example, role="verifier", weight=recipe.verdict_weight)

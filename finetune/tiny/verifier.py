@@ -35,19 +35,15 @@ class Verifier:
         rows = [
             loop.judged(
                 self.tokenizer,
-                Example(
-                    system=None,
-                    prompt=prompt,
-                    solution=solution,
-                    good=(True,) * (solution.count("\n") + 1),
-                ),
+                Example(system=None, prompt=prompt, solution=solution, right=len(solution)),
                 role=self.role,
             )
             for prompt, solution in solutions
         ]
         inputs, follows, _ = loop.padded(rows, self.model.config.pad_token_id)
         hidden = self.model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
-        told = follows.ne(loop.IGNORED)
+        ends = torch.isin(inputs, torch.tensor(sorted(loop.line_ends(self.tokenizer))))
+        told = follows.ne(loop.IGNORED) & ends
         head = self.model.get_output_embeddings()
         assert head is not None
         logits = head(hidden[told])[:, list(loop.verdicts(self.tokenizer))]

@@ -23,6 +23,7 @@ from server.store import Store
 from server.verifiers.catalogue import adapters
 from strategies.core.aio import Background
 from strategies.core.answers import Answers
+from strategies.core.engine import Remote
 from strategies.core.errors import InvalidRequest
 from strategies.core.events import Committed, Event, Grown
 from strategies.core.sandbox import Sandbox
@@ -52,6 +53,7 @@ class Reasoner:
         sandbox: Sandbox,
         adapter: Callable[[str], LoRARequest],
         settings: Settings,
+        remote: Remote,
     ) -> None:
         self._client = client
         self._admission = admission
@@ -60,6 +62,7 @@ class Reasoner:
         self._answers = Answers(sandbox)
         self._adapter = adapter
         self._settings = settings
+        self._remote = remote
 
     def __call__(
         self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -102,7 +105,16 @@ class Reasoner:
                     pass
 
         with self._admission.admit(engine) as admitted:
-            run = Run(selection, problem, admitted, self._sandbox, self._answers, listen, name)
+            run = Run(
+                selection,
+                problem,
+                admitted,
+                self._sandbox,
+                self._answers,
+                listen,
+                name,
+                remote=self._remote,
+            )
             selection.begin(run)
             with self._store.keeping(run):
                 async with Background(run.solve()) as solving:

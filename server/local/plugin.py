@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from server import metrics
 from server.admission import Admission
+from server.endpoints import Endpoints
 from server.errors import handle, nearest, reply_to
 from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
@@ -92,6 +93,7 @@ class Plugin:
             sandbox=sandbox,
             adapter=self._adapter,
             settings=self._settings,
+            remote=Endpoints(self._settings.endpoints),
         )
 
     def models(self) -> set[str]:

@@ -69,7 +69,8 @@ async def verify(request: Request) -> Response:
         answer=asked.answer,
     )
     body: JSON = {"model": asked.model, "messages": asked.messages}
-    body, selection = select(strategy, asked.budget.capped(state.settings.limits), body)
+    limits = asked.budget.capped(state.settings.limits)
+    body, selection = select(strategy, limits, body, state.settings)
     selection.owner = owner(request.headers)
     token = SELECTION.set(selection)
     try:

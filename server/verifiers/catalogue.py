@@ -1,11 +1,15 @@
 """All verifiers by kind; a request's choice becomes a verifier here, before any work."""
 
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from server.endpoints import Api, Endpoint
 from server.errors import nearest, refusal
 from server.verifiers.adapter_verifier import AdapterVerifier
+from server.verifiers.judge import Judge
+from server.verifiers.reward_model import RewardChoice, RewardModel
 from server.verifiers.rules import RULES
 from strategies.core.context import Verifier
 from strategies.core.errors import InvalidRequest
@@ -32,11 +36,21 @@ class EnsembleChoice(BaseModel):
 
 VERIFIERS: dict[str, type[BaseModel]] = {
     str(model.model_fields["kind"].default): model
-    for model in (Likelihood, SelfCertainty, AdapterVerifier, *RULES, EnsembleChoice)
+    for model in (
+        Likelihood,
+        SelfCertainty,
+        AdapterVerifier,
+        RewardChoice,
+        Judge,
+        *RULES,
+        EnsembleChoice,
+    )
 }
 
 
-def resolve(choice: VerifierChoice, *, inside: str = "verifier") -> Verifier:
+def resolve(
+    choice: VerifierChoice, endpoints: Mapping[str, Endpoint], *, inside: str = "verifier"
+) -> Verifier:
     """The verifier that a request names, in the field `inside`.
 
     Raises:
@@ -52,20 +66,45 @@ def resolve(choice: VerifierChoice, *, inside: str = "verifier") -> Verifier:
         found = model.model_validate(choice.model_dump())
     except ValidationError as error:
         raise refusal(error, inside=inside) from error
-    if not isinstance(found, EnsembleChoice):
-        return found
+    match found:
+        case RewardChoice():
+            apis: tuple[Api, ...] = ("classify", "score", "pooling")
+            endpoint = _endpoint(found.name, endpoints, apis, f"{inside}.name")
+            return RewardModel(found, endpoint)
+        case Judge(endpoint=str(name)):
+            _endpoint(name, endpoints, ("chat",), f"{inside}.endpoint")
+            return found
+        case EnsembleChoice():
+            return _ensemble(found, endpoints, inside)
+        case _:
+            return found
+
+
+def _endpoint(
+    name: str, endpoints: Mapping[str, Endpoint], apis: Collection[Api], field: str
+) -> Endpoint:
+    usable = {known: one for known, one in endpoints.items() if one.api in apis}
+    if name not in usable:
+        hint = nearest(name, list(usable)) if usable else "the operator names them in `endpoints`"
+        raise InvalidRequest(
+            f"there is no endpoint '{name}' with {' or '.join(apis)}; {hint}", field=field
+        )
+    return usable[name]
+
+
+def _ensemble(found: EnsembleChoice, endpoints: Mapping[str, Endpoint], inside: str) -> Ensemble:
     members: list[Verifier] = []
     for at, member in enumerate(found.of):
         if member.kind == "ensemble":
             raise InvalidRequest("an ensemble has no ensembles in it", field=f"{inside}.of.{at}")
-        members.append(resolve(member, inside=f"{inside}.of.{at}"))
+        members.append(resolve(member, endpoints, inside=f"{inside}.of.{at}"))
     return Ensemble(members, found.agree)
 
 
 def adapters(verifier: Verifier | None) -> list[str]:
     """The adapters that it reads."""
-    if isinstance(verifier, AdapterVerifier):
-        return [verifier.adapter]
+    if isinstance(verifier, AdapterVerifier | Judge):
+        return [verifier.adapter] if verifier.adapter else []
     if isinstance(verifier, Ensemble):
         return [name for member in verifier.members for name in adapters(member)]
     return []

@@ -5,23 +5,32 @@ It keeps the budget, the deadline and the trace honest.
 
 import asyncio
 from array import array
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from math import inf, isnan
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 from strategies.core.aio import Arrivals, Group
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
-from strategies.core.engine import Engine
+from strategies.core.engine import Engine, Remote
 from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
 from strategies.core.events import (
     Aborted,
     Chosen,
     Committed,
+    Consulted,
     Event,
     Grown,
     Read,
@@ -113,11 +122,13 @@ class Context:
         verifier: Verifier | None = None,
         answer_format: AnswerFormat | None = None,
         read: Reader | None = None,
+        remote: Remote | None = None,
     ) -> None:
         self.engine = engine
         self.budget = budget
         self.answers = answers
         self.sandbox = sandbox
+        self._remote = remote
         self.emit = emit
         self.verifier = verifier
         self.answer_format = answer_format or AnswerFormat()
@@ -257,6 +268,45 @@ class Context:
             )
         return [said[at] for at in range(len(conversations))]
 
+    async def consult(
+        self, name: str, bodies: Sequence[Mapping[str, object]], *, max_tokens: int = 0
+    ) -> list[dict[str, Any]]:
+        """What another server says to each request, in order; `max_tokens` bounds each reply.
+
+        What it says it has generated is charged to the budget as the verifier's.
+
+        Raises:
+            BudgetSpent: The tokens do not suffice, or the deadline passed.
+            VerifierFailed: There is no such server, or it fails.
+        """
+        remote = self._remote
+        if remote is None:
+            raise VerifierFailed("no other server is known here")
+        replies: dict[int, dict[str, Any]] = {}
+
+        async def one(at: int, lease: Lease | None) -> None:
+            spent = prompt = 0
+            try:
+                replies[at] = await remote.post(name, bodies[at])
+                usage: Any = replies[at].get("usage")
+                if isinstance(usage, dict):
+                    counted = cast(dict[str, Any], usage)
+                    spent = min(max_tokens, int(counted.get("completion_tokens") or 0))
+                    prompt = int(counted.get("prompt_tokens") or 0)
+            finally:
+                if lease is not None:
+                    lease.settle(spent)
+                self.emit(Consulted(name=name, tokens=spent, prompt_tokens=prompt))
+
+        async with self._in_time("the other server had answered"), Arrivals[None]() as arrivals:
+            for at in range(len(bodies)):
+                arrivals.start(one(at, self._lease(max_tokens) if max_tokens else None))
+                if arrivals.pending >= MOST_APART:
+                    await anext(arrivals)
+            async for _ in arrivals:
+                pass
+        return [replies[at] for at in range(len(bodies))]
+
     def _apart_from(
         self, token_ids: tuple[int, ...], max_tokens: int, adapter: str | None, **more: Any
     ) -> Generation:
@@ -278,17 +328,26 @@ class Context:
         """Run sequences that are no part of an answer, so many at once, each told once whole."""
         async with _Flight[None](self) as flight:
             for generation, heard in asked:
-                lease = self.budget.reserve(generation.max_tokens, sample=False)
-                if lease is None or lease.tokens < generation.max_tokens:
-                    if lease is not None:
-                        lease.settle(0)
-                    self.fell_short("exhausted")
-                    raise BudgetSpent("the tokens ran out before the verifier had an opinion")
+                lease = self._lease(generation.max_tokens)
                 flight.start(generation.index, lease, self._asked(generation, lease, flight, heard))
                 if flight.arrivals.pending >= MOST_APART:
                     await anext(flight.arrivals)
             async for _ in flight.arrivals:
                 pass
+
+    def _lease(self, tokens: int) -> Lease:
+        """So many tokens for a verifier.
+
+        Raises:
+            BudgetSpent: There are fewer left.
+        """
+        lease = self.budget.reserve(tokens, sample=False)
+        if lease is None or lease.tokens < tokens:
+            if lease is not None:
+                lease.settle(0)
+            self.fell_short("exhausted")
+            raise BudgetSpent("the tokens ran out before the verifier had an opinion")
+        return lease
 
     async def _asked(
         self,

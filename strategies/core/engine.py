@@ -1,7 +1,7 @@
 """What a search needs of a language model, whoever runs it."""
 
-from collections.abc import AsyncGenerator, Collection, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 from strategies.core.types import Chunk, Generation, Labels, Turn
 
@@ -68,5 +68,17 @@ class Engine(Protocol):
 
         Nothing that was generated is lost to the account, as it would be by closing the reader.
         An index that is not being generated is passed over; one that comes later ends at once.
+        """
+        ...
+
+
+class Remote(Protocol):
+    """Model servers with names, which a verifier may ask."""
+
+    async def post(self, name: str, body: Mapping[str, object]) -> dict[str, Any]:
+        """What the server of that name answers.
+
+        Raises:
+            VerifierFailed: It does not answer, or with an error.
         """
         ...

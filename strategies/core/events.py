@@ -65,6 +65,15 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Consulted:
+    """A verifier asked another server, which generated `tokens`."""
+
+    name: str
+    tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Voted:
     """A candidate was counted for an answer, in its canonical form."""
 
@@ -98,4 +107,16 @@ class Failed:
     error: str = ""
 
 
-Event = Started | Grown | Sampled | Aborted | Scored | Read | Voted | Committed | Chosen | Failed
+Event = (
+    Started
+    | Grown
+    | Sampled
+    | Aborted
+    | Scored
+    | Read
+    | Consulted
+    | Voted
+    | Committed
+    | Chosen
+    | Failed
+)

@@ -12,7 +12,7 @@ from zlib import crc32
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Limits
 from strategies.core.context import Context, Verifier
-from strategies.core.engine import Engine
+from strategies.core.engine import Engine, Remote
 from strategies.core.events import Event
 from strategies.core.sandbox import Sandbox
 from strategies.core.types import (
@@ -281,6 +281,7 @@ def context(
     verifier: Verifier | None = None,
     answer_format: AnswerFormat | None = None,
     clock: Callable[[], float] = time.monotonic,
+    remote: Remote | None = None,
 ) -> RecordingContext:
     """A context for one run.
 
@@ -299,6 +300,7 @@ def context(
         emit=events.append,
         verifier=verifier,
         answer_format=answer_format,
+        remote=remote,
     )
     ctx.events = events
     return ctx

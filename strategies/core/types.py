@@ -1,5 +1,6 @@
 """The values that pass between strategies, engines and verifiers; all frozen."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -70,6 +71,12 @@ class Turn:
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+def filled(prompt: str, **places: str) -> str:
+    """A prompt with each `{place}` filled; what fills them is not looked into."""
+    pattern = re.compile("|".join(f"{{{name}}}" for name in places))
+    return pattern.sub(lambda found: places[found.group()[1:-1]], prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

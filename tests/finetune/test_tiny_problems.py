@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune.tiny import countdown, word
 from finetune.tiny.countdown import operations, solvable, value_of
 from finetune.tiny.problems import FAMILIES, Example, draw, exam, examples, grade
-from finetune.tiny.solution import Item, attempt, boxed, judged, solution
+from finetune.tiny.solution import Item, attempt, boxed, judged, right_until, solution
 
 ALL = (*FAMILIES, "prices")
 
@@ -165,7 +165,7 @@ def test_training_examples_are_seeded():
     first, second = (list(islice(examples(random.Random(3), verified=0.3), 40)) for _ in range(2))
     assert first == second
     shares = [
-        example.good is not None
+        example.right is not None
         for example in islice(examples(random.Random(4), verified=0.3), 2000)
     ]
     assert 0.25 < sum(shares) / len(shares) < 0.35
@@ -174,7 +174,7 @@ def test_training_examples_are_seeded():
 def test_attempts_to_judge_are_right_about_half_of_the_time():
     for family in ALL:
         drawn = examples(random.Random(5), verified=1.0, families=(family,))
-        good = [all(example.good or ()) for example in islice(drawn, 1000)]
+        good = [one.right == len(one.solution) for one in islice(drawn, 1000)]
         assert 0.25 < sum(good) / len(good) < 0.75, family
 
 
@@ -216,7 +216,19 @@ def test_grading_refuses_wrong_numbers_and_missing_boxes():
     assert grade(item, f"first \\boxed{{1}} then \\boxed{{{expression}}}")
 
 
-def test_a_judged_example_has_one_verdict_per_line():
+def test_right_is_what_leads_to_the_answer_character_by_character():
     item = draw(random.Random(3), held_out=False, family="word", steps=4)
-    example = Example.judging(item, "nonsense\n\nAnswer: \\boxed{1}")
-    assert example.good == (False, False, False)
+    assert Example.judging(item, "nonsense\n\nAnswer: \\boxed{1}").right == 0
+    assert [good for _, good in judged(item, "nonsense\n\nAnswer: \\boxed{1}")] == [False] * 3
+    rng = random.Random(0)
+    for family in ALL:
+        for _ in range(30):
+            item = draw(rng, held_out=False, family=family)
+            right = solution(item, rng)
+            at = rng.randrange(len(right))
+            assert right_until(item, right) == len(right)
+            assert right_until(item, right[:at]) == at
+            assert right_until(item, right[:at] + "#" + right[at + 1 :]) == at
+    item = draw(rng, held_out=False, family="countdown", steps=2)
+    last = solution(item, rng).split("\n")[-1]
+    assert right_until(item, last) == 0  # an answer that was not worked out

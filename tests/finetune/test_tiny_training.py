@@ -44,21 +44,23 @@ def test_an_imitated_row_teaches_the_solution_and_its_end(tokenizer):
             assert row.ids[at + 1] == token
 
 
-def test_a_judged_row_has_a_verdict_at_the_end_of_each_line(tokenizer):
+def test_a_judged_row_has_a_verdict_on_every_token(tokenizer):
+    good, bad = loop.verdicts(tokenizer)
+    kinds: set[bool] = set()
     for example in islice(examples(random.Random(1), verified=1.0), 50):
         row = loop.judged(tokenizer, example, role="verifier", weight=4.0)
-        good, bad = loop.verdicts(tokenizer)
-        told = [
-            (token, tokenizer.decode(row.ids[: at + 1]))
-            for at, token in enumerate(row.follows)
-            if token != loop.IGNORED
-        ]
-        lines = example.solution.split("\n")
-        assert [token == good for token, _ in told] == list(example.good or ())
-        assert {token for token, _ in told} <= {good, bad}
-        for number, (_, before) in enumerate(told, 1):
-            so_far = "\n".join(lines[:number])
-            assert before.endswith(so_far + ("\n" if number < len(lines) else tokenizers.END))
+        right = example.solution[: example.right] + tokenizers.END * (
+            example.right == len(example.solution)
+        )
+        asked = tokenizers.render(example.system, example.prompt, "verifier")
+        start = len(tokenizer(asked).input_ids)
+        assert row.follows[:start] == [loop.IGNORED] * start
+        for at in range(start, len(row.ids)):
+            before = tokenizer.decode(row.ids[start : at + 1])
+            assert row.follows[at] == (good if right.startswith(before) else bad)
+            kinds.add(right.startswith(before))
+        assert tokenizer.decode(row.ids) == asked + example.solution + tokenizers.END
+    assert kinds == {True, False}
 
 
 def test_batches_go_on_from_any_step(tokenizer):

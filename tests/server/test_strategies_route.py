@@ -35,6 +35,8 @@ def test_catalogue_of_verifiers(client: httpx.Client):
         "countdown",
         "arithmetic",
         "adapter",
+        "reward_model",
+        "judge",
         "ensemble",
     }
 

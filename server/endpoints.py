@@ -1,0 +1,87 @@
+"""Model servers that the operator names, which verifiers may ask over HTTP."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from server.wire import JSON, as_object
+from strategies.core.errors import VerifierFailed
+
+Api = Literal["chat", "classify", "score", "pooling"]
+
+_PATHS: dict[Api, str] = {
+    "chat": "/v1/chat/completions",
+    "classify": "/classify",
+    "score": "/score",
+    "pooling": "/pooling",
+}
+
+
+class Endpoint(BaseModel):
+    """A model on another server: what it is asked by, and what of its answers counts.
+
+    `chat` judges in words, on any OpenAI-compatible server. The others are reward models on a vLLM
+    server with a pooling runner: `classify` and `score` judge whole answers, `pooling` each step
+    (a process reward model).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api: Api
+    url: str = Field(pattern=r"^https?://[^\s/]+(/\S*)?$", description="Without the API's path.")
+    model: str = Field(min_length=1, max_length=200, description="As that server calls it.")
+    api_key: SecretStr | None = Field(default=None, description="Sent as a bearer token.")
+    timeout_seconds: float = Field(default=60.0, gt=0, le=3600)
+    label: int = Field(
+        default=-1, ge=-1, le=1000, description="The class whose probability counts; -1: the last."
+    )
+    separator: str = Field(
+        default="\n\n",
+        min_length=1,
+        max_length=100,
+        description="For `pooling`: put after each step; the model scores what stands there.",
+    )
+
+
+class Endpoints:
+    """The connections to them; each is opened when it is first needed."""
+
+    def __init__(self, known: Mapping[str, Endpoint]) -> None:
+        self._known = known
+        self._clients: dict[str, httpx.AsyncClient] = {}
+
+    async def post(self, name: str, body: Mapping[str, object]) -> JSON:
+        """See `strategies.core.engine.Remote`."""
+        endpoint = self._known[name]
+        client = self._clients.get(name)
+        if client is None:
+            headers: dict[str, str] = {}
+            if endpoint.api_key is not None:
+                headers["Authorization"] = f"Bearer {endpoint.api_key.get_secret_value()}"
+            client = httpx.AsyncClient(
+                base_url=endpoint.url.rstrip("/"),
+                headers=headers,
+                timeout=endpoint.timeout_seconds,
+            )
+            self._clients[name] = client
+        try:
+            reply = await client.post(_PATHS[endpoint.api], json={"model": endpoint.model, **body})
+            reply.raise_for_status()
+            said: Any = reply.json()
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            raise VerifierFailed(f"endpoint '{name}' answered with status {status}") from error
+        except (httpx.HTTPError, ValueError) as error:
+            what = type(error).__name__
+            raise VerifierFailed(f"endpoint '{name}' gave no proper answer: {what}") from error
+        found = as_object(said)
+        if found is None:
+            raise VerifierFailed(f"endpoint '{name}' answered with something else than an object")
+        return found
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for client in self._clients.values():
+            await client.aclose()
