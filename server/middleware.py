@@ -66,7 +66,7 @@ class Choosing:
             async with AsyncExitStack() as stack:
                 if changed.get("stream"):
                     await stack.enter_async_context(Background(completing.beat()))
-                    if selection.trace:
+                    if selection.trace == "full":
                         narrating = completing.narrate(changed.get("model"), _CHUNKS[path])
                         await stack.enter_async_context(Background(narrating))
                 await self._app(

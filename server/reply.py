@@ -49,7 +49,9 @@ def mull_field(selection: Selection) -> JSON:
             "votes": dict(run.outcome.votes),
             "confidence": run.outcome.confidence,
         }
-    if selection.trace:
+    if selection.trace is not None:
+        field["tree"] = run.trace.tree(selection.trace)
+    if selection.trace == "full":
         field["trace"] = [told(timed) for timed in run.trace.events]
     return field
 

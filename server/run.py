@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.trace import Trace, Usage
+from server.trace import Detail, Trace, Usage
 from strategies.core.answers import Answers
 from strategies.core.budget import Budget, Limits
 from strategies.core.context import Context, Reader, Verifier
@@ -82,8 +82,8 @@ class Selection:
     verifier: Verifier | None
     question: str = ""
     """The question in the client's own words, for verifiers that read it."""
-    trace: bool = False
-    """Whether the reply is to show what happened."""
+    trace: Detail | None = None
+    """How much of what happened the reply is to show."""
     owner: str = ""
     """A digest of the key that asked."""
     request_id: str | None = None

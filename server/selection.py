@@ -20,6 +20,7 @@ from starlette.datastructures import Headers
 from server.errors import nearest, refusal
 from server.run import Selection
 from server.settings import Settings
+from server.trace import Detail
 from server.verifiers.catalogue import resolve
 from server.verifiers.judge import Judge
 from server.wire import JSON, as_list, as_object
@@ -165,16 +166,21 @@ def owner(headers: Mapping[str, str]) -> str:
     return sha256(key.encode()).hexdigest() if key else ""
 
 
-def traced(body: JSON) -> bool:
-    """Whether the reply is to show what happened.
+def traced(body: JSON) -> Detail | None:
+    """How much of what happens the reply is to show; `true` is everything.
 
     Raises:
-        InvalidRequest: It is no truth value.
+        InvalidRequest: It is none of these.
     """
-    trace = body.get("trace", False)
-    if not isinstance(trace, bool):
-        raise InvalidRequest("'trace' is true or false", field="trace")
-    return trace
+    match body.get("trace"):
+        case None | False:
+            return None
+        case True | "full":
+            return "full"
+        case "summary":
+            return "summary"
+        case _:
+            raise InvalidRequest("'trace' is true, false, 'full' or 'summary'", field="trace")
 
 
 def select(

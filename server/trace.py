@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from strategies.core.events import (
     Aborted,
@@ -26,6 +26,12 @@ from strategies.core.events import (
 
 LONGEST_TEXT = 2000
 """Characters of a step that a trace keeps."""
+
+MOST_NODES = 4096
+"""Sequences of a run that a tree shows."""
+
+Detail = Literal["summary", "full"]
+"""How much of a run a reply is to show: the shape of its tree, or all words and all events."""
 
 Timed = tuple[float, Event]
 """(seconds since the start, event)."""
@@ -80,11 +86,8 @@ class Trace:
         if isinstance(event, Sampled):  # without what is many, or is the parent's, too
             candidate = event.candidate
             own = candidate.token_ids[candidate.inherited :]
-            part = candidate.parent is not None or candidate.finish_reason == "step"
-            text = candidate.text[candidate.inherited_chars :] if part else ""
-            bare = replace(
-                candidate, text=text[:LONGEST_TEXT], token_ids=own, inherited=0, inherited_chars=0
-            )
+            text = candidate.text[candidate.inherited_chars :][:LONGEST_TEXT]
+            bare = replace(candidate, text=text, token_ids=own, inherited=0, inherited_chars=0)
             event = Sampled(
                 candidate=replace(bare, logprobs=(), pieces=(), top_logprobs=(), top_token_ids=())
             )
@@ -113,6 +116,29 @@ class Trace:
     def seconds(self) -> float:
         """From the start to the last event, or to now while the run lasts."""
         return self.events[-1][0] if self.over else time.monotonic() - self._started
+
+    def tree(self, detail: Detail) -> list[dict[str, Any]]:
+        """Every finished sequence with what it goes on with, in the order in which they ended.
+
+        `parent` is the index of another, or None for the bare prompt; a plain search has nothing
+        but roots. The first `MOST_NODES` of them.
+        """
+        scores = {event.index: event.score for _, event in self.events if isinstance(event, Scored)}
+        chosen = next((one for _, one in self.events if isinstance(one, Chosen)), None)
+        nodes: list[dict[str, Any]] = []
+        for _, event in self.events:
+            if isinstance(event, Sampled) and len(nodes) < MOST_NODES:
+                one = event.candidate
+                node: dict[str, Any] = {
+                    "index": one.index,
+                    "parent": one.parent,
+                    "tokens": one.drawn,
+                    "score": scores.get(one.index),
+                    "finish_reason": one.finish_reason,
+                    "chosen": chosen is not None and one.index == chosen.index,
+                }
+                nodes.append(node | ({"text": one.text} if detail == "full" else {}))
+        return nodes
 
     def usage(self) -> Usage:
         """The sums so far; before the end, nothing is kept yet."""
@@ -183,7 +209,7 @@ def told(timed: Timed) -> dict[str, Any]:
         case Sampled(candidate=candidate):
             said |= {"index": candidate.index, "answer": candidate.answer}
             said |= {"tokens": candidate.drawn, "finish_reason": candidate.finish_reason}
-            if candidate.text:  # a step
+            if candidate.parent is not None or candidate.finish_reason == "step":
                 said |= {"parent": candidate.parent, "text": candidate.text}
         case Scored():
             said |= {"index": event.index, "score": event.score, "steps": list(event.steps)}

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from strategies.best_of_n import Select, elect
 from strategies.core.context import Context, Draw, Sampling
 from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
+from strategies.core.events import Sampled
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import MOST_DRAWS, Beam, Node, Search, Tree
 from strategies.core.types import (
@@ -337,7 +338,9 @@ class _Growth:
                 written = 0 if before is None else len(before.token_ids)
                 if written + len(ids) >= problem.max_tokens:
                     continue  # there would be no room for what follows
-                drawn.append((node, self._place(), _joined(before, self._ctx.number(), text, ids)))
+                joined = _joined(before, self._ctx.number(), text, ids)
+                self._ctx.emit(Sampled(candidate=joined))
+                drawn.append((node, self._place(), joined))
         return drawn
 
     async def _scores(self, candidates: Sequence[Candidate]) -> dict[tuple[int, ...], float]:
@@ -435,5 +438,6 @@ def _joined(before: Candidate | None, index: int, text: str, ids: tuple[int, ...
         token_ids=head.token_ids + ids,
         finish_reason="step",
         parent=None if before is None else before.index,
-        inherited=len(head.token_ids) + len(ids),
+        inherited=len(head.token_ids) + len(ids),  # the reply that proposed it was charged
+        inherited_chars=len(head.text),
     )

@@ -72,7 +72,7 @@ _BODY = {
         "temperature": {"type": "number", "minimum": 0},
         "seed": {"type": "integer"},
         "stream": {"type": "boolean"},
-        "trace": {"type": "boolean"},
+        "trace": {"enum": [True, False, "full", "summary"]},
         "budget": Limits.model_json_schema(),
     },
     "description": "A chat request, a budget, and the strategy's own fields (GET /v1/strategies).",

@@ -91,6 +91,22 @@ def test_chat_gives_the_whole_answer_with_its_log_probabilities(client: httpx.Cl
             "logprobs",
         ),
         ({"stop": ["so"]}, "stop"),
+        ({"trace": "all"}, "trace"),
+        ({"strategy": {"kind": "beam_search", "verifier": "judge"}}, "verifier.kind"),
+        (
+            {"strategy": {"kind": "best_of_n", "verifier": {"kind": "reward_model", "name": "x"}}},
+            "verifier.name",
+        ),
+        (
+            {
+                "strategy": {
+                    "kind": "self_consistency",
+                    "weight": "verifier",
+                    "verifier": {"kind": "judge", "mode": "compare"},
+                }
+            },
+            "verifier",
+        ),
         ({"n": 9}, "n"),
     ],
     ids=str,
@@ -174,6 +190,52 @@ def test_the_model_may_judge_its_own_thoughts(client: httpx.Client, evaluate: st
     )
     assert found["mull"]["usage"]["verifier_tokens"] > 0
     assert found["text"]
+
+
+@pytest.mark.parametrize("kind", ["beam_search", "tree_of_thoughts"])
+def test_the_whole_tree_is_in_the_reply(client: httpx.Client, kind: str):
+    found = run(client, kind, trace="full")
+    nodes = {node["index"]: node for node in found["mull"]["tree"]}
+    (leaf,) = (node for node in nodes.values() if node["chosen"])
+    words = ""
+    node: dict[str, Any] | None = leaf
+    while node is not None:
+        words = node["text"] + words
+        assert node["score"] is not None
+        node = None if node["parent"] is None else nodes[node["parent"]]
+    assert words == found["text"]
+    spent = found["mull"]["usage"]
+    aborted, verifier = spent["aborted_tokens"], spent["verifier_tokens"]
+    whole = found["usage"]["completion_tokens"] - aborted - verifier
+    assert sum(node["tokens"] for node in nodes.values()) == whole
+    summary = run(client, kind, trace="summary")["mull"]
+    assert "trace" not in summary
+    assert not any("text" in node for node in summary["tree"])
+    assert {node["index"]: node["parent"] for node in summary["tree"]} == {
+        index: node["parent"] for index, node in nodes.items()
+    }
+
+
+@pytest.mark.parametrize("thoughts", ["sample", "propose"])
+def test_proposed_thoughts_are_in_the_tree(client: httpx.Client, thoughts: str):
+    fields = {"thoughts": thoughts, "evaluate": "value", "width": 2, "branch": 2, "max_depth": 3}
+    found = run(client, "tree_of_thoughts", **fields, max_nodes=16, trace="full")
+    nodes = {node["index"] for node in found["mull"]["tree"]}
+    assert all(node["parent"] in {None, *nodes} for node in found["mull"]["tree"])
+
+
+@pytest.mark.parametrize("mode", ["grade", "compare"])
+def test_the_model_judges_whole_answers_with_one_of_the_verdicts(client: httpx.Client, mode: str):
+    found = run(client, "best_of_n", n=4, verifier={"kind": "judge", "mode": mode})
+    scores = [one["score"] for one in found["candidates"]]
+    steps = 10 if mode == "grade" else 2 * 3
+    assert all(score * steps == pytest.approx(round(score * steps)) for score in scores)
+    assert found["mull"]["usage"]["verifier_calls"] == (4 if mode == "grade" else 12)
+
+
+def test_soft_selection_is_a_seeded_draw(client: httpx.Client):
+    one, same = (run(client, "best_of_n", n=4, select="soft", softness=5.0) for _ in range(2))
+    assert one["text"] == same["text"]
 
 
 def test_given_answers_are_judged(client: httpx.Client):
