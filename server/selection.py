@@ -218,7 +218,7 @@ def select(
     if prompts and len(prompts) > 1 and not all(isinstance(one, int) for one in prompts):
         raise InvalidRequest("a strategy takes one prompt per request", field="prompt")
     choice = strategy.judged_by()
-    verifier = None if choice is None else resolve(choice, settings.endpoints)
+    verifier = None if choice is None else resolve(choice, settings.allowed)
     if verifier is not None and strategy.stepwise and not verifier.stepwise:
         raise InvalidRequest(
             f"{strategy.kind} needs a verifier that judges single steps, and '{verifier.kind}' "

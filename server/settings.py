@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from server.endpoints import Endpoint
-from server.verifiers.catalogue import resolve
+from server.verifiers.catalogue import Allowed, resolve
 from server.wire import as_object
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
@@ -53,6 +53,9 @@ class Settings(BaseModel):
     kept_traces: int = Field(
         default=256, ge=0, le=100_000, description="Ended runs that GET /v1/traces still knows."
     )
+    run_code: bool = Field(
+        default=False, description="Let the verifier `unit_tests` run candidates' code, locked up."
+    )
     limits: Limits = Field(default=Limits(), description="No request's budget is larger.")
     endpoints: dict[str, Endpoint] = Field(
         default_factory=dict[str, Endpoint], description="Servers that verifiers may ask, by name."
@@ -71,12 +74,17 @@ class Settings(BaseModel):
                 raise ValueError(f"'{name}' is a strategy, and cannot be a preset as well")
         return presets
 
+    @property
+    def allowed(self) -> Allowed:
+        """What verifiers may do."""
+        return Allowed(endpoints=self.endpoints, code=self.run_code)
+
     @model_validator(mode="after")
     def _judged(self) -> Self:
         for name, preset in self.presets.items():
             if (choice := preset.strategy.judged_by()) is not None:
                 try:
-                    resolve(choice, self.endpoints)
+                    resolve(choice, self.allowed)
                 except InvalidRequest as error:
                     raise ValueError(f"preset '{name}': {error}") from None
         return self

@@ -1,6 +1,7 @@
 """All verifiers by kind; a request's choice becomes a verifier here, before any work."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,6 +12,7 @@ from server.verifiers.adapter_verifier import AdapterVerifier
 from server.verifiers.judge import Judge
 from server.verifiers.reward_model import RewardChoice, RewardModel
 from server.verifiers.rules import RULES
+from server.verifiers.unit_tests import UnitTests
 from strategies.core.context import Verifier
 from strategies.core.errors import InvalidRequest
 from strategies.core.strategy import VerifierChoice
@@ -43,14 +45,22 @@ VERIFIERS: dict[str, type[BaseModel]] = {
         RewardChoice,
         Judge,
         *RULES,
+        UnitTests,
         EnsembleChoice,
     )
 }
 
 
-def resolve(
-    choice: VerifierChoice, endpoints: Mapping[str, Endpoint], *, inside: str = "verifier"
-) -> Verifier:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowed:
+    """What the operator lets verifiers do."""
+
+    endpoints: Mapping[str, Endpoint] = field(default_factory=dict[str, Endpoint])
+    code: bool = False
+    """Whether they may run code."""
+
+
+def resolve(choice: VerifierChoice, allowed: Allowed, *, inside: str = "verifier") -> Verifier:
     """The verifier that a request names, in the field `inside`.
 
     Raises:
@@ -69,13 +79,17 @@ def resolve(
     match found:
         case RewardChoice():
             apis: tuple[Api, ...] = ("classify", "score", "pooling")
-            endpoint = _endpoint(found.name, endpoints, apis, f"{inside}.name")
+            endpoint = _endpoint(found.name, allowed.endpoints, apis, f"{inside}.name")
             return RewardModel(found, endpoint)
         case Judge(endpoint=str(name)):
-            _endpoint(name, endpoints, ("chat",), f"{inside}.endpoint")
+            _endpoint(name, allowed.endpoints, ("chat",), f"{inside}.endpoint")
             return found
+        case UnitTests() if not allowed.code:
+            raise InvalidRequest(
+                "code is not run here unless the operator sets 'run_code'", field=f"{inside}.kind"
+            )
         case EnsembleChoice():
-            return _ensemble(found, endpoints, inside)
+            return _ensemble(found, allowed, inside)
         case _:
             return found
 
@@ -92,12 +106,12 @@ def _endpoint(
     return usable[name]
 
 
-def _ensemble(found: EnsembleChoice, endpoints: Mapping[str, Endpoint], inside: str) -> Ensemble:
+def _ensemble(found: EnsembleChoice, allowed: Allowed, inside: str) -> Ensemble:
     members: list[Verifier] = []
     for at, member in enumerate(found.of):
         if member.kind == "ensemble":
             raise InvalidRequest("an ensemble has no ensembles in it", field=f"{inside}.of.{at}")
-        members.append(resolve(member, endpoints, inside=f"{inside}.of.{at}"))
+        members.append(resolve(member, allowed, inside=f"{inside}.of.{at}"))
     return Ensemble(members, found.agree)
 
 

@@ -68,6 +68,7 @@ class Sandbox:
         """Allow `processes` workers and functions of `modules`; a final dot means all below."""
         self._modules = tuple(modules)
         self._turn = asyncio.Semaphore(processes)
+        self._programs = asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)) // 2))
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._closed = False
@@ -108,6 +109,45 @@ class Sandbox:
         if "raised" in reply:
             raise Raised(*reply["raised"])
         return reply["result"]
+
+    async def program(
+        self, command: Sequence[str], told: str, *, folder: Path, seconds: float
+    ) -> str:
+        """Run a program of its own, with an empty environment, in `folder`; kill it in the end.
+
+        It reads `told` from its standard input, and is heard on the descriptor whose number is its
+        last argument; what it says is empty if it was killed or said nothing.
+        """
+        async with self._programs:
+            hear, say = os.pipe()
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    str(say),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    pass_fds=(say,),
+                    cwd=folder,
+                    env={},
+                    start_new_session=True,
+                )
+            except BaseException:
+                os.close(hear)
+                raise
+            finally:
+                os.close(say)
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await process.communicate(told.encode())
+            finally:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+                with os.fdopen(hear, "rb") as pipe:
+                    said = pipe.read(REPLY_BYTES)
+            return said.decode(errors="replace")
 
     async def close(self) -> None:
         """Kill every worker; calls in flight fail as crashed, later ones are refused."""

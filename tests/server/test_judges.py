@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from server.endpoints import Endpoint, Endpoints
-from server.verifiers.catalogue import adapters, resolve
+from server.verifiers.catalogue import Allowed, adapters, resolve
 from server.verifiers.judge import Judge
 from server.verifiers.reward_model import RewardModel
 from strategies.core.budget import Limits
@@ -171,7 +171,7 @@ KNOWN = {
 
 
 def chosen(**fields: Any) -> Verifier:
-    return resolve(VerifierChoice.model_validate(fields), KNOWN)
+    return resolve(VerifierChoice.model_validate(fields), Allowed(endpoints=KNOWN))
 
 
 @pytest.mark.parametrize(

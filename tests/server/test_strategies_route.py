@@ -37,6 +37,7 @@ def test_catalogue_of_verifiers(client: httpx.Client):
         "adapter",
         "reward_model",
         "judge",
+        "unit_tests",
         "ensemble",
     }
 

@@ -1,0 +1,119 @@
+"""Unit tests as a verifier: a candidate's code is run, locked up, against the client's tests."""
+
+import asyncio
+import json
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server import jail
+from strategies.core.aio import Arrivals
+from strategies.core.errors import VerifierFailed
+from strategies.core.sandbox import Sandbox
+from strategies.core.types import Candidate, Problem, Verdict
+
+if TYPE_CHECKING:
+    from strategies.core.context import Context
+
+MEMORY_BYTES = 1 << 30
+"""Address space of a candidate's program."""
+
+STARTUP_SECONDS = 10.0
+"""For its interpreter, beside the program's own time."""
+
+LONGEST_CODE = 100_000
+"""Characters of a candidate's code that are run."""
+
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+class UnitTests(BaseModel):
+    """The share of the client's unit tests that a candidate's Python code passes.
+
+    The code is the last fenced block of the text, or all of it; each test is a piece of Python that
+    raises if it fails, run after the code in the same names. Each candidate has a process of its
+    own with the standard library alone: no network, no other process, no file but in an empty
+    directory, `seconds` of time and a gibibyte of memory. Off unless the operator allows it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["unit_tests"] = "unit_tests"
+    tests: tuple[Annotated[str, Field(min_length=1, max_length=20_000)], ...] = Field(
+        min_length=1, max_length=100, description='For example `["assert add(1, 2) == 3"]`.'
+    )
+    seconds: int = Field(default=5, ge=1, le=30, description="For a candidate and all tests.")
+
+    @property
+    def logprobs(self) -> None:
+        """None: it reads words."""
+        return None
+
+    @property
+    def stepwise(self) -> bool:
+        """It judges whole answers."""
+        return False
+
+    def aside(self, tokens: int) -> int:
+        """Nothing: no token is generated."""
+        return 0
+
+    async def judge(
+        self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context"
+    ) -> list[Verdict]:
+        """One verdict per candidate; its steps are the tests. The same code is run once."""
+        found: dict[str, list[bool]] = {}
+        codes = [_code(candidate.text) for candidate in candidates]
+
+        async def one(code: str) -> None:
+            found[code] = await self._run(code, ctx.sandbox)
+
+        async with Arrivals[None]() as arrivals:
+            for code in dict.fromkeys(codes):
+                arrivals.start(one(code))
+            async for _ in arrivals:
+                pass
+        return [
+            Verdict(score=sum(found[code]) / len(self.tests), steps=tuple(map(float, found[code])))
+            for code in codes
+        ]
+
+    async def _run(self, code: str, sandbox: Sandbox) -> list[bool]:
+        if len(code) > LONGEST_CODE:
+            return [False] * len(self.tests)
+        word = secrets.token_hex(16)
+        folder = tempfile.mkdtemp(prefix="mull-")
+        job = {
+            "folder": folder,
+            "seconds": self.seconds,
+            "memory_bytes": MEMORY_BYTES,
+            "code": code,
+            "tests": self.tests,
+            "word": word,
+        }
+        try:
+            said = await sandbox.program(
+                [sys.executable, "-I", "-S", str(jail.__file__)],
+                json.dumps(job),
+                folder=Path(folder),
+                seconds=self.seconds + STARTUP_SECONDS,
+            )
+        finally:  # it may be full of files
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        if not said:  # killed: it took too long, or too much
+            return [False] * len(self.tests)
+        if not said.startswith(word):
+            raise VerifierFailed(f"code cannot be run on this machine: {said[:200]}")
+        return json.loads(said.removeprefix(word))
+
+
+def _code(text: str) -> str:
+    blocks: list[str] = _BLOCK.findall(text)
+    return blocks[-1] if blocks else text
