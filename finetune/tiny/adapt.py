@@ -152,7 +152,7 @@ def _train(rank: int, recipe: Recipe, path: Path, out: Path) -> None:
     )
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
     steps = loop.descend(
-        model,
+        loop.Loss(model),
         [Muon(weights, lr=recipe.rate, weight_decay=0.0, rank=rank, ranks=recipe.processes)],
         batches,
         steps=recipe.steps,

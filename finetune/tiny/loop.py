@@ -34,15 +34,16 @@ BATCHES_PER_POOL = 12
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence: its tokens, what follows each (or `IGNORED`), and what each of those weighs."""
+    """One sequence: its tokens, and what is to be said after each, or `IGNORED`."""
 
     ids: list[int]
     follows: list[int]
-    weight: float = 1.0
+    early: list[int]
+    """What an earlier layer is to say: the next token, as long as that is right."""
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Inputs, what follows them, and weights, each (batch, length)."""
+"""Inputs, what follows them, and what an earlier layer says, each (batch, length)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def _process(
 
 
 def descend(
-    model: PreTrainedModel,
+    loss: "Loss",
     optimizers: Sequence[torch.optim.Optimizer],
     batches: Iterator[Batch],
     *,
@@ -110,10 +111,9 @@ def descend(
         [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
         for optimizer in optimizers
     ]
-    parallel = DistributedDataParallel(_Loss(model))
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    pad = model.config.pad_token_id
-    tokens, loss = done.tokens, done.loss
+    parallel = DistributedDataParallel(loss)
+    trained = [weight for weight in loss.parameters() if weight.requires_grad]
+    tokens, mean = done.tokens, done.loss
     started = time.monotonic() - done.seconds
     shown = dist.get_rank() == 0
     with tqdm(
@@ -123,55 +123,74 @@ def descend(
             for optimizer, initial in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, initial, strict=True):
                     group["lr"] = rate * schedule(step)
-            inputs, follows, weights = next(batches)
-            value = parallel(inputs, follows, weights)
+            inputs, follows, early = next(batches)
+            value = parallel(inputs, follows, early)
             value.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            count = inputs.ne(pad).sum()
+            count = inputs.ne(loss.pad).sum()
             dist.all_reduce(count)
             tokens += int(count)
-            loss = value.item() if loss == 0 else 0.95 * loss + 0.05 * value.item()
+            mean = value.item() if mean == 0 else 0.95 * mean + 0.05 * value.item()
             seconds = time.monotonic() - started
             bar.set_postfix_str(
-                f"loss {loss:.3f}, {tokens / 1e6:.2f} M tokens, {tokens / seconds:,.0f}/s",
+                f"loss {mean:.3f}, {tokens / 1e6:.2f} M tokens, {tokens / seconds:,.0f}/s",
                 refresh=False,
             )
             bar.update()
-            yield Done(step + 1, tokens, seconds, loss)
+            yield Done(step + 1, tokens, seconds, mean)
 
 
-class _Loss(torch.nn.Module):
-    """The weighted mean loss of one batch; logits are made only where something follows."""
+class Loss(torch.nn.Module):
+    """The mean loss of one batch; logits are made only where something is to be said.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    With `exit_layer`, the layer of that number is to say what comes next as well, through the same
+    norm and head (deep supervision, Lee et al. 2015, arXiv:1409.5185). The layers above then
+    have something to compare with what was written, without which no verdict is learned.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, exit_layer: int = 0, exit_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.decoder = model.get_decoder()
         head = model.get_output_embeddings()
         assert head is not None
         self.head = head
+        self.pad: int = model.config.pad_token_id
+        self._exit_weight = exit_weight
+        self._hidden: torch.Tensor | None = None
+        if exit_layer:
+            self.decoder.layers[exit_layer - 1].register_forward_hook(self._keep)
+
+    def _keep(self, layer: torch.nn.Module, given: Any, hidden: Any) -> None:
+        self._hidden = hidden[0] if isinstance(hidden, tuple) else hidden
 
     def forward(
-        self, inputs: torch.Tensor, follows: torch.Tensor, weights: torch.Tensor
+        self, inputs: torch.Tensor, follows: torch.Tensor, early: torch.Tensor
     ) -> torch.Tensor:
         hidden = self.decoder(input_ids=inputs, use_cache=False).last_hidden_state
-        told = follows.ne(IGNORED)
-        losses = cross_entropy(self.head(hidden[told]), follows[told], reduction="none")
-        return (losses * weights[told]).sum() / weights[told].sum()
+        loss = self._told(hidden, follows)
+        if self._hidden is not None:
+            loss = loss + self._exit_weight * self._told(self.decoder.norm(self._hidden), early)
+        return loss
+
+    def _told(self, hidden: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+        told = said.ne(IGNORED)
+        return cross_entropy(self.head(hidden[told]), said[told])
 
 
 def imitated(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
     """The solution is to be written."""
     asked = tokenizer(tokenizers.render(example.system, example.prompt)).input_ids
     solved = tokenizer(example.solution + tokenizers.END).input_ids
-    return Row(asked + solved, [IGNORED] * (len(asked) - 1) + solved + [IGNORED])
+    follows = [IGNORED] * (len(asked) - 1) + solved + [IGNORED]
+    return Row(asked + solved, follows, follows)
 
 
-def judged(
-    tokenizer: PreTrainedTokenizerFast, example: Example, *, role: str, weight: float = 1.0
-) -> Row:
+def judged(tokenizer: PreTrainedTokenizerFast, example: Example, *, role: str) -> Row:
     """Each token of the solution is to be followed by a verdict on everything up to it.
 
     `role` is whose turn the solution is. Verdicts are read at the ends of lines only, but a verdict
@@ -190,7 +209,15 @@ def judged(
         (good if end <= right else bad) if start < last else IGNORED
         for start, end in solved["offset_mapping"]
     ]
-    return Row(asked + solved.input_ids, [IGNORED] * len(asked) + follows, weight)
+    early = [
+        token if end <= right else IGNORED
+        for token, (_, end) in zip(solved.input_ids, solved["offset_mapping"], strict=True)
+    ]
+    return Row(
+        asked + solved.input_ids,
+        [IGNORED] * len(asked) + follows,
+        [IGNORED] * (len(asked) - 1) + early + [IGNORED],
+    )
 
 
 def verdicts(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
@@ -235,12 +262,12 @@ def padded(rows: Sequence[Row], pad: int) -> Batch:
     width = -(-max(len(row.ids) for row in rows) // 8) * 8
     inputs = torch.full((len(rows), width), pad)
     follows = torch.full((len(rows), width), IGNORED)
-    weights = torch.ones((len(rows), width))
+    early = torch.full((len(rows), width), IGNORED)
     for at, row in enumerate(rows):
         inputs[at, : len(row.ids)] = torch.tensor(row.ids)
         follows[at, : len(row.ids)] = torch.tensor(row.follows)
-        weights[at] = row.weight
-    return inputs, follows, weights
+        early[at, : len(row.ids)] = torch.tensor(row.early)
+    return inputs, follows, early
 
 
 def adamw(weights: Sequence[torch.nn.Parameter], rate: float) -> torch.optim.AdamW:

@@ -1,9 +1,10 @@
 """Train `mull-tiny` from nothing: `python -m finetune.tiny.train --out models/mull-tiny`.
 
 Data-parallel over CPU processes in float32, Muon for the matrices and AdamW for the rest. The loss
-is on solutions to imitate, token by token, and on solutions to judge, at the end of each line. A
-run killed half-way continues from its last checkpoint, and draws the same batches that it would
-have drawn; a checkpoint of another recipe, or of other data, is refused.
+is on solutions to imitate, and on solutions to judge as far as their first wrong line, token by
+token; an earlier layer learns to tell the next token, too. A run killed half-way continues from its
+last checkpoint, and draws the same batches that it would have drawn; a checkpoint of another
+recipe, or of other data, is refused.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from finetune.tiny.problems import examples
 class Recipe:
     """Everything that decides the weights, besides the data that `problems` makes."""
 
-    steps: int = 2900
+    steps: int = 3900
     batch: int = 16
     seed: int = 0
     hidden: int = 256
@@ -41,10 +42,12 @@ class Recipe:
     decay: float = 0.6
     temperature: float = 0.8
     processes: int = 2
-    verified: float = 0.12
+    verified: float = 0.4
     """The share of sequences that are to be judged, not imitated."""
-    verdict_weight: float = 4.0
-    """What one verdict weighs in the loss, in tokens."""
+    exit_layer: int = 3
+    """The layer that is to know the next token, too; the others compare with it. 0: none."""
+    exit_weight: float = 0.5
+    """What that weighs in the loss."""
 
 
 def main() -> None:
@@ -114,7 +117,7 @@ def _train(rank: int, recipe: Recipe, out: Path, checkpoint: Path, save_every: i
             optimizer.load_state_dict(state)
         done = loop.Done(**saved["done"])
     steps = loop.descend(
-        model,
+        loop.Loss(model, exit_layer=recipe.exit_layer, exit_weight=recipe.exit_weight),
         optimizers,
         _batches(recipe, rank, tokenizer, done.steps),
         steps=recipe.steps,
@@ -180,7 +183,7 @@ def _batches(
             if example.right is None:
                 yield loop.imitated(tokenizer, example)
             else:
-                yield loop.judged(tokenizer, example, role="verifier", weight=recipe.verdict_weight)
+                yield loop.judged(tokenizer, example, role="verifier")
 
     pad = loop.token_id(tokenizer, tokenizers.PAD)
     return loop.pooled(rows, batch=recipe.batch, pad=pad, seed=str(recipe.seed), start=start)

@@ -71,6 +71,8 @@ class Sum(Walk):
                 yield from self._taken(replace(fact, sign=-fact.sign), fact)
                 yield from self._taken(replace(fact, each=fact.each + 10), fact)
                 yield from self._taken(replace(fact, each=int(str(fact.each)[::-1])), fact)
+                for other in (*self.todo, *self.done):  # the number of another fact
+                    yield from self._taken(replace(fact, each=other.each), fact)
             for fact in self.done:
                 yield from self._taken(fact)
 

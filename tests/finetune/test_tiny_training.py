@@ -48,7 +48,7 @@ def test_a_judged_row_has_a_verdict_on_every_token(tokenizer):
     good, bad = loop.verdicts(tokenizer)
     kinds: set[bool] = set()
     for example in islice(examples(random.Random(1), verified=1.0), 50):
-        row = loop.judged(tokenizer, example, role="verifier", weight=4.0)
+        row = loop.judged(tokenizer, example, role="verifier")
         right = example.solution[: example.right] + tokenizers.END * (
             example.right == len(example.solution)
         )
@@ -57,7 +57,13 @@ def test_a_judged_row_has_a_verdict_on_every_token(tokenizer):
         assert row.follows[:start] == [loop.IGNORED] * start
         for at in range(start, len(row.ids)):
             before = tokenizer.decode(row.ids[start : at + 1])
-            assert row.follows[at] == (good if right.startswith(before) else bad)
+            if right.startswith(before):
+                assert row.follows[at] == good
+                assert row.early[at - 1] == row.ids[at]
+            else:
+                later = "\n" in before.removeprefix(right).removesuffix("\n")
+                assert row.follows[at] == (loop.IGNORED if later else bad)
+                assert row.early[at - 1] == loop.IGNORED
             kinds.add(right.startswith(before))
         assert tokenizer.decode(row.ids) == asked + example.solution + tokenizers.END
     assert kinds == {True, False}
