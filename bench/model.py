@@ -1,13 +1,16 @@
 """What a model can do by itself: greedy, one sample, pass@k, majority@k, best-of-k by likelihood.
 
-And by a verifier adapter, with `--verifier`. A line's likelihood is its probability, and a
-solution is worth its worst line. JSON: `rows` has one object per temperature, family and number of
-steps, "all" for all of them: `problems`, then each measure as `[value, standard error over
-problems]`: `greedy`, `mean`, `pass@k`, `majority@k`, `likelihood@k`, `verifier@k`, differences of
-two as `a - b` with paired standard errors, and areas under the curve within a problem, over the
-problems that have both kinds: `likelihood auc` and `verifier auc` of right lines against wrong
-ones, `… auc of solutions` of right solutions against wrong ones, and `position auc`, what a line's
-place alone tells, as wrong lines come late.
+And by a verifier adapter, with `--verifier`. A line's likelihood is its probability; what is
+written so far, and so a solution, is worth its worst line. JSON: `rows` has one object per
+temperature, family and number of steps, "all" for all of them: `problems`, then each measure as
+`[value, standard error over problems]`: `greedy`, `mean`, `pass@k`, `majority@k`, `likelihood@k`,
+`verifier@k`, differences of two as `a - b` with paired standard errors, and areas under the curve
+within a problem, over the problems that have both kinds: `likelihood auc` and `verifier auc` of
+what is written up to right lines against wrong ones, `… auc of slips` the same without the lines
+after the first wrong one, `… auc of solutions` of right solutions against wrong ones, and
+`position auc`, what a line's place alone tells, as wrong lines come late. `calibration`: by tenth
+of the verifier's score, of the lines up to the first wrong one, `[lines, mean score, share right]`;
+`calibration_error` is the mean distance of the two, weighted by lines.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -63,6 +67,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verifier", metavar="PATH", help="score lines with this verifier LoRA, or `base`"
     )
+    parser.add_argument("--plot", metavar="PNG", help="draw the verifier's calibration there")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -84,13 +89,20 @@ def run(options: argparse.Namespace) -> None:
         for temperature, samples in sampled.items()
         for family, steps, chosen in _groups(items)
     ]
+    bins = _calibration([one for of in sampled.values() for samples in of for one in samples])
     figures = {
+        "calibration": bins,
+        "calibration_error": _distance(bins),
         "seed": options.seed,
         "samples": options.samples,
         "seconds": time.monotonic() - started,
         "rows": rows,
     }
     _show(rows, options.samples)
+    if bins:
+        Console().print(f"calibration error of the verifier: {_distance(bins):.3f}")
+    if options.plot:
+        _plot(bins, options.plot)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -216,6 +228,7 @@ def _measures(greedy: list[list[Sample]], sampled: list[list[Sample]]) -> dict[s
     for name, area in [
         ("position auc", _position_area),
         *((f"{scorer} auc", partial(_area, scorer=scorer)) for scorer in scorers),
+        *((f"{scorer} auc of slips", partial(_slip_area, scorer=scorer)) for scorer in scorers),
         *(
             (f"{scorer} auc of solutions", partial(_whole_area, scorer=scorer))
             for scorer in scorers
@@ -229,10 +242,59 @@ def _measures(greedy: list[list[Sample]], sampled: list[list[Sample]]) -> dict[s
     }
 
 
+def _calibration(samples: list[Sample]) -> list[tuple[int, float, float]]:
+    """By tenth of the verifier's score: lines, their mean score, and the share that is right."""
+    tenths: list[list[tuple[float, bool]]] = [[] for _ in range(10)]
+    for sample in samples:
+        wrong = sample.good.index(False) if False in sample.good else len(sample.good)
+        for score, good in zip(sample.verifier[: wrong + 1], sample.good, strict=False):
+            tenths[min(9, int(10 * score))].append((score, good))
+    return [
+        (len(tenth), mean([score for score, _ in tenth]), mean([float(good) for _, good in tenth]))
+        for tenth in tenths
+        if tenth
+    ]
+
+
+def _distance(bins: list[tuple[int, float, float]]) -> float | None:
+    lines = sum(count for count, _, _ in bins)
+    return sum(count * abs(said - right) for count, said, right in bins) / lines if lines else None
+
+
+def _plot(bins: list[tuple[int, float, float]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn, axis = pyplot.subplots(figsize=(5, 5))
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    axis.plot([said for _, said, _ in bins], [right for *_, right in bins], marker="o")
+    for count, said, right in bins:
+        axis.annotate(f"{count:,}", (said, right), textcoords="offset points", xytext=(6, -10))
+    axis.set_xlabel("what the verifier says")
+    axis.set_ylabel("share of lines that are right")
+    axis.set_title("Calibration; numbers of lines beside the points")
+    axis.grid(alpha=0.3)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=110)
+
+
 def _area(samples: list[Sample], scorer: str) -> float | None:
-    """How often a right line scores above a wrong one; None where all lines are alike."""
-    scores: list[float] = [score for sample in samples for score in getattr(sample, scorer)]
+    """How often a line that all is right up to scores above another; None where all are alike."""
+    scores = [score for sample in samples for score in accumulate(getattr(sample, scorer), min)]
     return auc(scores, [good for sample in samples for good in sample.good])
+
+
+def _slip_area(samples: list[Sample], scorer: str) -> float | None:
+    """The same of right lines against first wrong ones only."""
+    told = [
+        (score, good)
+        for sample in samples
+        for at, (score, good) in enumerate(zip(getattr(sample, scorer), sample.good, strict=True))
+        if good or at == sample.good.index(False)
+    ]
+    return auc([score for score, _ in told], [good for _, good in told])
 
 
 def _position_area(samples: list[Sample]) -> float | None:

@@ -68,25 +68,25 @@ def run(options: argparse.Namespace) -> None:
     rows = [
         {"method": method, "family": family, **_row([answers[at] for at in chosen])}
         for method, answers in answered.items()
-        for family, chosen in _groups(items)
+        for family, chosen in groups(items)
     ]
     figures = {
         "seed": options.seed,
         "clients": options.clients,
         "methods": methods,
         "rows": rows,
-        "differences": _differences(answered, items, _verifiers(adapter)),
-        "equal_tokens": _equal_tokens(answered, items, _verifiers(adapter)),
-        "pace": _pace(paced, _verifiers(adapter)),
+        "differences": _differences(answered, items, verifiers(adapter)),
+        "equal_tokens": _equal_tokens(answered, items, verifiers(adapter)),
+        "pace": _pace(paced, verifiers(adapter)),
     }
     _show(figures)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     if options.plot:
-        _plot(figures, _verifiers(adapter), options.plot)
+        _plot(figures, verifiers(adapter), options.plot)
 
 
-def _verifiers(adapter: str | None) -> dict[str, Any]:
+def verifiers(adapter: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"likelihood": "likelihood"}
     if adapter:
         of = {"kind": "adapter", "adapter": adapter}
@@ -104,7 +104,7 @@ def _methods(adapter: str | None) -> dict[str, dict[str, Any]]:
         },
     }
     beam = {"kind": "beam_search", "score": "min"}
-    for name, verifier in _verifiers(adapter).items():
+    for name, verifier in verifiers(adapter).items():
         judged = {"verifier": verifier}
         for n in NS:
             methods[f"best-of-{n} by {name}"] = {"strategy": {"kind": "best_of_n", "n": n} | judged}
@@ -172,7 +172,7 @@ async def _measure(
     return answered, paced
 
 
-def _groups(items: list[Item]) -> list[tuple[str, list[int]]]:
+def groups(items: list[Item]) -> list[tuple[str, list[int]]]:
     families = [
         (one, [at for at, item in enumerate(items) if item.family == one]) for one in FAMILIES
     ]
@@ -214,7 +214,7 @@ def _differences(
             ),
         }
         for one, other in pairs
-        for family, chosen in _groups(items)
+        for family, chosen in groups(items)
     ]
 
 
@@ -225,7 +225,7 @@ def _equal_tokens(
     rows: list[dict[str, Any]] = []
     for name in verifiers:
         for search in _searches(name, answered):
-            for family, chosen in _groups(items):
+            for family, chosen in groups(items):
                 curve = [[answered[f"best-of-{n} by {name}"][at] for at in chosen] for n in NS]
                 mine = [answered[search][at] for at in chosen]
                 weights = _shares([_tokens(one) for one in curve], _tokens(mine))

@@ -22,6 +22,16 @@ class LabelTokens(BaseModel):
     bad: str = Field(min_length=1, max_length=100)
 
 
+class Opening(BaseModel):
+    """What stands in a verifier's prompt in place of the words that open an answer's turn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    answers: str = Field(min_length=1, max_length=200)
+    """The end of a prompt that is to be answered, such as `<|im_start|>assistant` and a newline."""
+    verdicts: str = Field(min_length=1, max_length=200)
+
+
 class Manifest(BaseModel):
     """What an adapter is for. Fields that a later version adds are passed over."""
 
@@ -31,6 +41,8 @@ class Manifest(BaseModel):
     """A verifier's."""
     delimiter: str = Field(default="\n", min_length=1, max_length=32)
     """Ends a step."""
+    opening: Opening | None = None
+    """If a verifier learned to judge answers in a turn of its own."""
 
 
 def read_manifest(folder: Path) -> Manifest | None:

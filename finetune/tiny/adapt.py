@@ -64,9 +64,13 @@ class Verifier(Recipe):
     """The share of attempts that are made up."""
 
     def manifest(self) -> dict[str, Any]:
-        """The labels, and what they follow."""
-        labels = {"good": tokenizers.GOOD, "bad": tokenizers.BAD}
-        return {"labels": labels, "delimiter": "\n"}
+        """The labels, what they follow, and in whose turn the answer is read."""
+        answers, verdicts = (f"{tokenizers.START}{role}\n" for role in ("assistant", "verifier"))
+        return {
+            "labels": {"good": tokenizers.GOOD, "bad": tokenizers.BAD},
+            "delimiter": "\n",
+            "opening": {"answers": answers, "verdicts": verdicts},
+        }
 
     def batches(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rank: int
@@ -86,7 +90,7 @@ class Verifier(Recipe):
             made_up = examples(rng, verified=1.0)
             while True:
                 example = next(made_up) if rng.random() < self.made_up else rng.choice(own)
-                yield loop.judged(tokenizer, example, role="assistant")
+                yield loop.judged(tokenizer, example)
 
         pad = loop.token_id(tokenizer, tokenizers.PAD)
         return loop.pooled(rows, batch=self.batch, pad=pad, seed=str(self.seed))

@@ -190,16 +190,16 @@ def imitated(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
     return Row(asked + solved, follows, follows)
 
 
-def judged(tokenizer: PreTrainedTokenizerFast, example: Example, *, role: str) -> Row:
+def judged(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
     """Each token of the solution is to be followed by a verdict on everything up to it.
 
-    `role` is whose turn the solution is. Verdicts are read at the ends of lines only, but a verdict
-    on every token is learned sooner (Cobbe et al. 2021, arXiv:2110.14168). There are none after the
-    first wrong line (as in Lightman et al. 2023, arXiv:2305.20050): that those lines are worthless
-    is known, and would teach no more than that late lines are.
+    The solution stands in the turn of a `verifier`. Verdicts are read at the ends of lines only,
+    but a verdict on every token is learned sooner (Cobbe et al. 2021, arXiv:2110.14168). There are
+    none after the first wrong line (as in Lightman et al. 2023, arXiv:2305.20050): that those lines
+    are worthless is known, and would teach no more than that late lines are.
     """
     assert example.right is not None
-    asked = tokenizer(tokenizers.render(example.system, example.prompt, role)).input_ids
+    asked = tokenizer(tokenizers.render(example.system, example.prompt, "verifier")).input_ids
     written = example.solution + tokenizers.END
     solved = tokenizer(written, return_offsets_mapping=True)
     good, bad = verdicts(tokenizer)

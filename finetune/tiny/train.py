@@ -183,7 +183,7 @@ def _batches(
             if example.right is None:
                 yield loop.imitated(tokenizer, example)
             else:
-                yield loop.judged(tokenizer, example, role="verifier")
+                yield loop.judged(tokenizer, example)
 
     pad = loop.token_id(tokenizer, tokenizers.PAD)
     return loop.pooled(rows, batch=recipe.batch, pad=pad, seed=str(recipe.seed), start=start)

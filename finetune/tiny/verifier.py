@@ -14,20 +14,19 @@ from finetune.tiny.problems import Example
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """P(good) after each line; `role` is whose turn the solution is taken for."""
+    """P(good) after each line, which is about that line, given that those before are right."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    role: str
 
     @classmethod
     def load(cls, base: Path, adapter: Path | None) -> "Verifier":
-        """The adapter on its base, or without one the base in the role of a verifier."""
+        """The adapter on its base, or the base alone, which pretraining taught to judge."""
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         if adapter is not None:
             PeftModel.from_pretrained(model, str(adapter))  # puts its layers into the model
-        return cls(model.eval(), tokenizer, "verifier" if adapter is None else "assistant")
+        return cls(model.eval(), tokenizer)
 
     @torch.inference_mode()
     def score(self, solutions: Sequence[tuple[str, str]]) -> list[list[float]]:
@@ -36,7 +35,6 @@ class Verifier:
             loop.judged(
                 self.tokenizer,
                 Example(system=None, prompt=prompt, solution=solution, right=len(solution)),
-                role=self.role,
             )
             for prompt, solution in solutions
         ]

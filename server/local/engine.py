@@ -383,7 +383,14 @@ class Judges:
                 f"the labels of adapter '{name}' are no tokens of the model",
                 field="verifier.adapter",
             )
-        return Labels(good=good, bad=bad, delimiter=manifest.delimiter)
+        opening = None
+        if manifest.opening is not None:
+            answers, verdicts = (
+                tuple(tokenizer.encode(text, add_special_tokens=False))
+                for text in (manifest.opening.answers, manifest.opening.verdicts)
+            )
+            opening = (answers, verdicts)
+        return Labels(good=good, bad=bad, delimiter=manifest.delimiter, opening=opening)
 
 
 def twin(piece: RequestOutput) -> RequestOutput:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from strategies.core.errors import VerifierFailed
-from strategies.core.types import Candidate, Combine, Problem, Verdict, combined
+from strategies.core.types import Candidate, Combine, Labels, Problem, Verdict, combined
 
 if TYPE_CHECKING:
     from strategies.core.context import Context
@@ -58,8 +58,9 @@ class AdapterVerifier(BaseModel):
         """One score per candidate, made of one per step."""
         labels = ctx.engine.labels(self.adapter)
         ends = await ctx.engine.tokens_with(labels.delimiter)
+        prompt = _read_by(labels, problem.token_ids)
         paths = [
-            (problem.token_ids + candidate.token_ids, _places(problem, candidate, ends, ctx))
+            (prompt + candidate.token_ids, _places(prompt, candidate, ends, ctx))
             for candidate in candidates
         ]
         likely = await ctx.read(paths, (labels.good, labels.bad), adapter=self.adapter)
@@ -70,14 +71,27 @@ class AdapterVerifier(BaseModel):
         return verdicts
 
 
+def _read_by(labels: Labels, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    """The prompt as the adapter reads it."""
+    if labels.opening is None:
+        return prompt
+    answers, verdicts = labels.opening
+    if prompt[-len(answers) :] != answers:
+        raise VerifierFailed(
+            "the prompt does not end with the opening of an answer that the adapter's manifest "
+            "names; it judges answers to chat messages only"
+        )
+    return prompt[: -len(answers)] + verdicts
+
+
 def _places(
-    problem: Problem, candidate: Candidate, ends: Collection[int], ctx: "Context"
+    prompt: Sequence[int], candidate: Candidate, ends: Collection[int], ctx: "Context"
 ) -> list[int]:
     """How many tokens there are at the end of each step; the end of all ends one, too.
 
     An end that leaves the model no room to say anything is not asked about.
     """
-    tokens, before = candidate.token_ids, len(problem.token_ids)
+    tokens, before = candidate.token_ids, len(prompt)
     places = [before + at for at, token in enumerate(tokens, start=1) if token in ends]
     if not places or places[-1] != before + len(tokens):
         places.append(before + len(tokens))

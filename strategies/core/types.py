@@ -88,6 +88,8 @@ class Labels:
     bad: int
     delimiter: str = "\n"
     """Ends a step."""
+    opening: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """The tokens that end a prompt which is to be answered, and those it reads in their place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

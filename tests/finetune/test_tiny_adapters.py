@@ -34,8 +34,7 @@ def test_an_adapter_is_trained_and_loaded(recipe, tmp_path, solved):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in tmp_path.iterdir()
     }
-    adapted = Verifier.load(MULL_TINY, tmp_path)
-    plain = Verifier(Verifier.load(MULL_TINY, None).model, adapted.tokenizer, adapted.role)
+    adapted, plain = Verifier.load(MULL_TINY, tmp_path), Verifier.load(MULL_TINY, None)
     assert adapted.score(solved) != plain.score(solved)
 
 

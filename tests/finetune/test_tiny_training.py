@@ -48,7 +48,7 @@ def test_a_judged_row_has_a_verdict_on_every_token(tokenizer):
     good, bad = loop.verdicts(tokenizer)
     kinds: set[bool] = set()
     for example in islice(examples(random.Random(1), verified=1.0), 50):
-        row = loop.judged(tokenizer, example, role="verifier")
+        row = loop.judged(tokenizer, example)
         right = example.solution[: example.right] + tokenizers.END * (
             example.right == len(example.solution)
         )

@@ -14,7 +14,7 @@ from strategies.core.budget import Limits
 from strategies.core.errors import BudgetSpent, InvalidRequest, VerifierFailed
 from strategies.core.events import Read
 from strategies.core.testing import FakeEngine, context
-from strategies.core.types import Candidate, Chunk, Generation, Problem
+from strategies.core.types import Candidate, Chunk, Generation, Labels, Problem
 
 PROBLEM = Problem(token_ids=(100, 101))
 STEP = 7
@@ -125,6 +125,27 @@ async def test_no_more_than_so_many_questions_at_once():
     assert 1 < most <= 64
 
 
+class Turning(Judging):
+    """Its adapter reads answers in a turn of its own."""
+
+    def labels(self, adapter: str) -> Labels:
+        return Labels(good=1, bad=2, opening=((101,), (103, 104)))
+
+
+async def test_an_adapter_may_read_answers_in_a_turn_of_its_own():
+    engine = Turning()
+    async with context(engine) as ctx:
+        verifier = AdapterVerifier(adapter="judge")
+        [verdict] = await verifier.judge(PROBLEM, [candidate(3, STEP, 9)], ctx)
+        assert verdict.steps == pytest.approx((0.7, 0.9))
+        assert [one.token_ids for one in engine.asked] == [
+            (100, 103, 104, 3, STEP),
+            (100, 103, 104, 3, STEP, 9),
+        ]
+        with pytest.raises(VerifierFailed, match="does not end with the opening"):
+            await verifier.judge(Problem(token_ids=(100,)), [candidate(3, STEP)], ctx)
+
+
 def test_a_folder_says_what_its_adapter_is_for(tmp_path: Path):
     assert read_manifest(tmp_path) is None
     labels = {"good": "<|good|>", "bad": "<|bad|>"}
@@ -133,6 +154,13 @@ def test_a_folder_says_what_its_adapter_is_for(tmp_path: Path):
     assert manifest is not None
     assert manifest.labels is not None
     assert (manifest.labels.good, manifest.delimiter) == ("<|good|>", "\n")
+    assert manifest.opening is None
+    opening = {"answers": "<|im_start|>assistant\n", "verdicts": "<|im_start|>verifier\n"}
+    (tmp_path / MANIFEST).write_text(json.dumps({"labels": labels, "opening": opening}))
+    turned = read_manifest(tmp_path)
+    assert turned is not None
+    assert turned.opening is not None
+    assert turned.opening.model_dump() == opening
     for broken in ("{", '{"labels": {"good": "x"}}', " " * 70_000):
         (tmp_path / MANIFEST).write_text(broken)
         with pytest.raises(InvalidRequest, match=MANIFEST):
