@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,3 +86,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def client(server: Served) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
+
+
+@pytest.fixture
+def running() -> Callable[[httpx.AsyncClient], Awaitable[int]]:
+    """How many requests the engine and Mull have at work."""
+
+    async def count(client: httpx.AsyncClient) -> int:
+        return sum(
+            int(float(line.rsplit(" ", 1)[1]))
+            for line in (await client.get("/metrics")).text.splitlines()
+            if line.startswith(("vllm:num_requests_", "mull_running_")) and "by_reason" not in line
+        )
+
+    return count

@@ -1,5 +1,7 @@
 """Beam search and tree of thoughts on the real engine, and answers that are given to be judged."""
 
+import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -222,6 +224,50 @@ def test_proposed_thoughts_are_in_the_tree(client: httpx.Client, thoughts: str):
     found = run(client, "tree_of_thoughts", **fields, max_nodes=16, trace="full")
     nodes = {node["index"] for node in found["mull"]["tree"]}
     assert all(node["parent"] in {None, *nodes} for node in found["mull"]["tree"])
+
+
+async def test_a_search_is_gone_a_second_after_its_client_at_any_depth(server: Any, running: Any):
+    slow = {"max_tokens": 900, "ignore_eos": True, "temperature": 1.5, "max_step_tokens": 8}
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        for kind, fields in (
+            ("beam_search", {"width": 8, "branch": 4}),
+            ("beam_search", {"width": 8, "branch": 4, "allocate": "diverse", "lookahead": 2}),
+            ("tree_of_thoughts", {"width": 8, "branch": 4, "search": "mcts"}),
+        ):
+            for depth in (1, 3, 6):
+                name = f"leave-{kind}-{len(fields)}-{depth}"
+                headers = {"X-Request-Id": name}
+                asked = client.post(
+                    f"/v1/strategies/{kind}", json=BODY | slow | fields, headers=headers
+                )
+                asking = asyncio.create_task(asked)
+                async with asyncio.timeout(30):
+                    while await depth_of(client, name) < depth:
+                        assert not asking.done(), asking.result().text
+                        await asyncio.sleep(0.01)
+                asking.cancel()
+                left = time.monotonic()
+                while await running(client) > 0:
+                    await asyncio.sleep(0.02)
+                    assert time.monotonic() - left < 1.0, (kind, fields, depth)
+                ended = (await client.get(f"/v1/traces/{name}")).json()
+                assert ended["over"]
+                assert ended["events"][-1]["stopped"] == "cancelled"
+                usage = ended["mull"]["usage"]
+                assert usage["aborted_tokens"] + usage["discarded_tokens"] > 0
+                assert usage["kept_tokens"] == 0
+
+
+async def depth_of(client: httpx.AsyncClient, name: str) -> int:
+    """How many steps the deepest path of a running search has."""
+    reply = await client.get(f"/v1/traces/{name}")
+    if reply.status_code == 404:
+        return 0
+    depths: dict[int | None, int] = {None: 0}
+    for event in reply.json()["events"]:
+        if event["event"] == "sampled":
+            depths[event["index"]] = depths[event.get("parent")] + 1
+    return max(depths.values())
 
 
 @pytest.mark.parametrize("mode", ["grade", "compare"])

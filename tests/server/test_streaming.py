@@ -159,18 +159,8 @@ def test_a_running_request_can_be_followed_by_its_own_key_only(server):
     assert httpx.get(path, headers=headers).json()["over"] is True
 
 
-async def test_hanging_up_aborts_within_a_second(server):
+async def test_hanging_up_aborts_within_a_second(server, running):
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-
-        async def running() -> int:
-            lines = (await client.get("/metrics")).text.splitlines()
-            return sum(
-                int(float(line.rsplit(" ", 1)[1]))
-                for line in lines
-                if line.startswith(("vllm:num_requests_", "mull_running_"))
-                and "by_reason" not in line
-            )
-
         for path, more in (
             (CHAT, {"strategy": VOTE}),
             (CHAT, {"strategy": VOTE, "stream": True}),
@@ -180,10 +170,10 @@ async def test_hanging_up_aborts_within_a_second(server):
             asked = BODY | RAMBLE | more
             asking = asyncio.create_task(client.post(path, json=asked))
             async with asyncio.timeout(20):
-                while await running() == 0:
+                while await running(client) == 0:
                     await asyncio.sleep(0.02)
             asking.cancel()
             left = time.monotonic()
-            while await running() > 0:
+            while await running(client) > 0:
                 await asyncio.sleep(0.02)
                 assert time.monotonic() - left < 1.0, (path, more)
