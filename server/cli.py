@@ -22,10 +22,10 @@ What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority,
 --disable-uvicorn-access-log; on a CPU also --block-size 32, and --dtype float32 where the processor
 has no bfloat16 instructions.
 
-Environment: MULL_CONFIG names a YAML file with presets, endpoints, limits and settings; each setting may also
-be set alone, as MULL_MAX_BODY_BYTES (16777216), MULL_ENGINE_RESTARTS (3), MULL_MAX_RUNNING_REQUESTS
-(512), MULL_MAX_RUNNING_CANDIDATES (the engine's max_num_seqs), MULL_HEARTBEAT_SECONDS (10),
-MULL_KEPT_TRACES (256), MULL_RUN_CODE (false); and all of vLLM's.
+Environment: MULL_CONFIG names a YAML file with presets, endpoints, limits and settings; each
+setting may also be set alone, as MULL_MAX_BODY_BYTES (16777216), MULL_ENGINE_RESTARTS (3),
+MULL_MAX_RUNNING_REQUESTS (512), MULL_MAX_RUNNING_CANDIDATES (the engine's max_num_seqs),
+MULL_HEARTBEAT_SECONDS (10), MULL_KEPT_TRACES (256), MULL_RUN_CODE (false); and all of vLLM's.
 """
 
 
