@@ -70,8 +70,11 @@ def run(recipe: Recipe, out: Path, work: Path, save_every: int) -> None:
     """Train to the end, from the checkpoint in `work` if there is one, and save to `out`.
 
     Raises:
-        SystemExit: the checkpoint was made by another recipe, or from other data.
+        SystemExit: the recipe makes no sense, or the checkpoint was made by another one, or from
+            other data.
     """
+    if not 0 <= recipe.exit_layer < recipe.layers:
+        raise SystemExit(f"--exit-layer is one below the last of {recipe.layers} layers, or 0")
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         saved = _loaded(checkpoint)

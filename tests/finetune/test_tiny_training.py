@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.tiny import loop
+from finetune.tiny import loop, train
 from finetune.tiny import tokenizer as tokenizers
 from finetune.tiny.muon import orthogonalised
 from finetune.tiny.problems import SYSTEM, examples
@@ -90,7 +90,8 @@ def test_orthogonalised_directions_have_singular_values_near_one():
         assert values.max() < 1.4
 
 
-SMALL = ["--batch", "2", "--hidden", "32", "--layers", "1", "--intermediate", "32", "--heads", "1"]
+SMALL = ["--batch", "2", "--hidden", "32", "--layers", "2", "--intermediate", "32", "--heads", "1"]
+SMALL += ["--exit-layer", "1"]
 
 
 def training(work: Path) -> subprocess.Popen[bytes]:
@@ -112,6 +113,22 @@ def told(work: Path) -> str:
 
 def weights(work: Path) -> dict[str, torch.Tensor]:
     return load_file(work / "out" / "model.safetensors")
+
+
+def test_an_early_layer_learns_what_comes_next_and_adapters_need_none(tokenizer):
+    torch.manual_seed(0)
+    rows = [loop.imitated(tokenizer, one) for one in islice(examples(random.Random(0)), 4)]
+    batch = loop.padded(rows, pad=0)
+    recipe = train.Recipe(layers=2, hidden=32, intermediate=32, heads=1, exit_layer=1)
+    model = train._untrained(recipe, tokenizer)
+    plain, deep = loop.Loss(model)(*batch), loop.Loss(model, exit_layer=1, exit_weight=0.5)(*batch)
+    # Layers begin as the identity, so the first says the same as the last.
+    assert deep.item() == pytest.approx(1.5 * plain.item(), rel=1e-5)
+
+
+def test_a_layer_that_is_not_there_cannot_learn(tmp_path):
+    with pytest.raises(SystemExit, match="--exit-layer"):
+        train.run(train.Recipe(layers=3, exit_layer=3), tmp_path, tmp_path, 1)
 
 
 @pytest.mark.slow
