@@ -291,7 +291,9 @@ def _slip_area(samples: list[Sample], scorer: str) -> float | None:
     told = [
         (score, good)
         for sample in samples
-        for at, (score, good) in enumerate(zip(getattr(sample, scorer), sample.good, strict=True))
+        for at, (score, good) in enumerate(
+            zip(accumulate(getattr(sample, scorer), min), sample.good, strict=True)
+        )
         if good or at == sample.good.index(False)
     ]
     return auc([score for score, _ in told], [good for _, good in told])

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from server.wire import JSON, as_object
 from strategies.core.errors import VerifierFailed
@@ -44,6 +44,17 @@ class Endpoint(BaseModel):
         description="For `pooling`: put after each step; the model scores what stands there.",
     )
 
+    @field_validator("url")
+    @classmethod
+    def _usable(cls, url: str) -> str:
+        try:
+            port = httpx.URL(url).port
+        except httpx.InvalidURL as error:
+            raise ValueError(str(error)) from None
+        if port is not None and not 0 < port < 65536:
+            raise ValueError(f"there is no port {port}")
+        return url
+
 
 class Endpoints:
     """The connections to them; each is opened when it is first needed."""
@@ -73,7 +84,7 @@ class Endpoints:
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             raise VerifierFailed(f"endpoint '{name}' answered with status {status}") from error
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, RecursionError) as error:
             what = type(error).__name__
             raise VerifierFailed(f"endpoint '{name}' gave no proper answer: {what}") from error
         found = as_object(said)

@@ -203,7 +203,7 @@ def judged(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
     written = example.solution + tokenizers.END
     solved = tokenizer(written, return_offsets_mapping=True)
     good, bad = verdicts(tokenizer)
-    right = len(written) if example.right == len(example.solution) else example.right
+    right = len(written) if example.right > len(example.solution) else example.right
     last = example.solution.find("\n", right) + 1 or len(written)
     follows = [
         (good if end <= right else bad) if start < last else IGNORED

@@ -40,7 +40,8 @@ _STEPS: dict[Family, tuple[int, ...]] = {
 class Example:
     """A question and a solution.
 
-    `right` is how many of its leading characters are right; None: it is to be imitated.
+    `right` is how many of its leading characters are right, the end being one more; None: it is to
+    be imitated.
     """
 
     system: str | None

@@ -141,7 +141,7 @@ def attempt(item: Item, rng: random.Random, *, slip: float) -> str:
 
 
 def right_until(item: Item, text: str) -> int:
-    """How many leading characters of a written solution are right.
+    """How many leading characters of a written solution are right; its end counts as one more.
 
     Right is what some walk to the answer writes, character for character. Nothing after the first
     wrong character is right: a right answer was not reached from there.
@@ -151,7 +151,7 @@ def right_until(item: Item, text: str) -> int:
         line, newline, _ = text[done:].partition("\n")
         if (answer := at.finished()) is not None:
             if at.concluded(line):
-                return done + len(line)
+                return done + len(line) + 1
             return done + _common(line, answered(answer))
         ahead = [(move, move.after(move.result)) for move in at.moves()]
         lines = {move.line(): after for move, after in ahead if after.hopeful()}
@@ -166,7 +166,7 @@ def judged(item: Item, text: str) -> list[tuple[str, bool]]:
     judgement: list[tuple[str, bool]] = []
     for line in text.split("\n"):
         ends += len(line) + 1
-        judgement.append((line, right >= min(ends, len(text))))
+        judgement.append((line, right >= ends))
     return judgement
 
 

@@ -34,7 +34,7 @@ class Verifier:
         rows = [
             loop.judged(
                 self.tokenizer,
-                Example(system=None, prompt=prompt, solution=solution, right=len(solution)),
+                Example(system=None, prompt=prompt, solution=solution, right=len(solution) + 1),
             )
             for prompt, solution in solutions
         ]

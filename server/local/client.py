@@ -20,7 +20,7 @@ from server.run import Run, Selection
 from server.selection import SELECTION, from_xargs
 from server.settings import Settings
 from server.store import Store
-from server.verifiers.catalogue import adapters
+from server.verifiers.catalogue import adapters, talkers
 from strategies.core.aio import Background
 from strategies.core.answers import Answers
 from strategies.core.engine import Remote
@@ -75,6 +75,8 @@ class Reasoner:
             return self._client.generate(prompt, sampling_params, request_id, **options)
         for name in adapters(selection.verifier):
             self._client.judges.labels(name)  # it is there and judges, or this raises
+        for name in talkers(selection.verifier):
+            self._adapter(name)
         self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked, _problem(asked, selection))

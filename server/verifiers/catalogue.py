@@ -116,9 +116,18 @@ def _ensemble(found: EnsembleChoice, allowed: Allowed, inside: str) -> Ensemble:
 
 
 def adapters(verifier: Verifier | None) -> list[str]:
-    """The adapters that it reads."""
-    if isinstance(verifier, AdapterVerifier | Judge):
-        return [verifier.adapter] if verifier.adapter else []
+    """The adapters that it reads labels from."""
+    if isinstance(verifier, AdapterVerifier):
+        return [verifier.adapter]
     if isinstance(verifier, Ensemble):
         return [name for member in verifier.members for name in adapters(member)]
+    return []
+
+
+def talkers(verifier: Verifier | None) -> list[str]:
+    """The adapters that it asks in words."""
+    if isinstance(verifier, Judge):
+        return [verifier.adapter] if verifier.adapter else []
+    if isinstance(verifier, Ensemble):
+        return [name for member in verifier.members for name in talkers(member)]
     return []

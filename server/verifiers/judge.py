@@ -41,6 +41,9 @@ Which answer is better? Reply with A, B, or tie."""
 GRADES = tuple(str(grade) for grade in range(11))
 SIDES = ("A", "B", "tie")
 
+MOST_QUESTIONS = 1024
+"""Of one judgement of all candidates."""
+
 LONGEST_REPLY = 32
 """Tokens of a verdict: a word, or a small JSON object around it."""
 
@@ -119,9 +122,11 @@ class Judge(BaseModel):
         """One verdict per candidate, from one grade or two comparisons and more."""
         if self.mode == "compare":
             return await self._compared(problem, candidates, ctx)
+        self._bound(len(candidates) * self.times)
         asked = [
-            _filled(self.prompt or GRADE, question=problem.text, answer=one.text)
+            turns
             for one in candidates
+            for turns in [_filled(self.prompt or GRADE, question=problem.text, answer=one.text)]
             for _ in range(self.times)
         ]
         words = await self._said(asked, GRADES, problem.seed, ctx)
@@ -139,16 +144,14 @@ class Judge(BaseModel):
         count = len(candidates)
         ahead = range(1, (self.rivals or 2) + 1)
         pairs = {tuple(sorted((at, (at + far) % count))) for at in range(count) for far in ahead}
-        meetings = [(a, b) for a, b in sorted(pairs) if a != b for _ in range(self.times)]
+        met = [(a, b) for a, b in sorted(pairs) if a != b]
+        self._bound(2 * len(met) * self.times)
+        meetings = [pair for pair in met for _ in range(self.times)]
         asked = [
-            _filled(
-                self.prompt or COMPARE,
-                question=problem.text,
-                a=candidates[first].text,
-                b=candidates[second].text,
-            )
-            for a, b in meetings
-            for first, second in ((a, b), (b, a))
+            turns
+            for a, b in met
+            for both in [[self._compare(problem, candidates, *pair) for pair in ((a, b), (b, a))]]
+            for turns in both * self.times
         ]
         words = await self._said(asked, SIDES, problem.seed, ctx)
         points: list[list[float]] = [[] for _ in candidates]
@@ -164,6 +167,23 @@ class Judge(BaseModel):
             Verdict(score=_mean(of_one, candidate, words))
             for of_one, candidate in zip(points, candidates, strict=True)
         ]
+
+    def _compare(
+        self, problem: Problem, candidates: Sequence[Candidate], first: int, second: int
+    ) -> tuple[Turn, ...]:
+        return _filled(
+            self.prompt or COMPARE,
+            question=problem.text,
+            a=candidates[first].text,
+            b=candidates[second].text,
+        )
+
+    def _bound(self, questions: int) -> None:
+        if questions > MOST_QUESTIONS:
+            raise VerifierFailed(
+                f"the judge would be asked {questions} times, {MOST_QUESTIONS} at most: lower "
+                "'times', 'rivals' or the number of candidates"
+            )
 
     async def _said(
         self,
@@ -182,7 +202,7 @@ class Judge(BaseModel):
                 seed=seed,
             )
             return [word.strip() for word in words]
-        bodies = [
+        bodies: list[dict[str, Any]] = [
             {
                 "messages": [asdict(turn) for turn in turns],
                 "max_tokens": LONGEST_REPLY,
@@ -191,6 +211,8 @@ class Judge(BaseModel):
             }
             for turns in asked
         ]
+        if seed is not None:
+            bodies = [body | {"seed": seed + at} for at, body in enumerate(bodies)]
         replies = await ctx.consult(self.endpoint, bodies, max_tokens=LONGEST_REPLY)
         return [_word(reply) for reply in replies]
 

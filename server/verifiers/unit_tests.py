@@ -1,22 +1,20 @@
 """Unit tests as a verifier: a candidate's code is run, locked up, against the client's tests."""
 
-import asyncio
 import json
 import re
 import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from server import jail
+from server.wire import as_list
 from strategies.core.aio import Arrivals
 from strategies.core.errors import VerifierFailed
-from strategies.core.sandbox import Sandbox
+from strategies.core.sandbox import Sandbox, SandboxError
 from strategies.core.types import Candidate, Problem, Verdict
 
 if TYPE_CHECKING:
@@ -31,7 +29,8 @@ STARTUP_SECONDS = 10.0
 LONGEST_CODE = 100_000
 """Characters of a candidate's code that are run."""
 
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_LANGUAGES = ("", "python", "python3", "py")
 
 
 class UnitTests(BaseModel):
@@ -39,8 +38,8 @@ class UnitTests(BaseModel):
 
     The code is the last fenced block of the text, or all of it; each test is a piece of Python that
     raises if it fails, run after the code in the same names. Each candidate has a process of its
-    own with the standard library alone: no network, no other process, no file but in an empty
-    directory, `seconds` of time and a gibibyte of memory. Off unless the operator allows it.
+    own with the standard library alone: no network, no process, no thread, no file but Python's
+    own, `seconds` of time and a gibibyte of memory. Off unless the operator allows it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,31 +88,38 @@ class UnitTests(BaseModel):
         if len(code) > LONGEST_CODE:
             return [False] * len(self.tests)
         word = secrets.token_hex(16)
-        folder = tempfile.mkdtemp(prefix="mull-")
         job = {
-            "folder": folder,
             "seconds": self.seconds,
             "memory_bytes": MEMORY_BYTES,
             "code": code,
             "tests": self.tests,
             "word": word,
         }
+        command = [sys.executable, "-I", "-S", str(jail.__file__)]
         try:
             said = await sandbox.program(
-                [sys.executable, "-I", "-S", str(jail.__file__)],
-                json.dumps(job),
-                folder=Path(folder),
-                seconds=self.seconds + STARTUP_SECONDS,
+                command, json.dumps(job), seconds=self.seconds + STARTUP_SECONDS
             )
-        finally:  # it may be full of files
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        if not said:  # killed: it took too long, or too much
-            return [False] * len(self.tests)
-        if not said.startswith(word):
-            raise VerifierFailed(f"code cannot be run on this machine: {said[:200]}")
-        return json.loads(said.removeprefix(word))
+        except SandboxError as error:
+            raise VerifierFailed(f"code cannot be run now: {error}") from error
+        locked, _, told = said.partition("+")
+        if locked or not said:
+            raise VerifierFailed(f"code cannot be run on this machine: {locked[:200]}")
+        return _passed(told.removeprefix(word) if told.startswith(word) else "", len(self.tests))
+
+
+def _passed(told: str, tests: int) -> list[bool]:
+    """Which tests passed; none where the program was killed, ended itself, or says nonsense."""
+    try:
+        said = as_list(json.loads(told)) or []
+    except (ValueError, RecursionError):
+        said = []
+    whole = len(said) == tests and all(isinstance(one, bool) for one in said)
+    return [bool(one) for one in said] if whole else [False] * tests
 
 
 def _code(text: str) -> str:
-    blocks: list[str] = _BLOCK.findall(text)
-    return blocks[-1] if blocks else text
+    """The last block that is in Python or does not say, dedented; without any, all of the text."""
+    blocks: list[tuple[str, str]] = _BLOCK.findall(text)
+    python = [code for tag, code in blocks if tag.strip().lower() in _LANGUAGES]
+    return dedent(python[-1]) if python else text

@@ -283,28 +283,33 @@ class Context:
         if remote is None:
             raise VerifierFailed("no other server is known here")
         replies: dict[int, dict[str, Any]] = {}
+        leases: dict[int, Lease] = {}
 
-        async def one(at: int, lease: Lease | None) -> None:
+        async def one(at: int) -> None:
+            lease = leases.pop(at, None)
             spent = prompt = 0
             try:
                 replies[at] = await remote.post(name, bodies[at])
-                usage: Any = replies[at].get("usage")
-                if isinstance(usage, dict):
-                    counted = cast(dict[str, Any], usage)
-                    spent = min(max_tokens, int(counted.get("completion_tokens") or 0))
-                    prompt = int(counted.get("prompt_tokens") or 0)
+                spent = min(max_tokens, _counted(replies[at], "completion_tokens"))
+                prompt = _counted(replies[at], "prompt_tokens")
             finally:
                 if lease is not None:
                     lease.settle(spent)
                 self.emit(Consulted(name=name, tokens=spent, prompt_tokens=prompt))
 
-        async with self._in_time("the other server had answered"), Arrivals[None]() as arrivals:
-            for at in range(len(bodies)):
-                arrivals.start(one(at, self._lease(max_tokens) if max_tokens else None))
-                if arrivals.pending >= MOST_APART:
-                    await anext(arrivals)
-            async for _ in arrivals:
-                pass
+        try:
+            async with self._in_time("the other server had answered"), Arrivals[None]() as arrivals:
+                for at in range(len(bodies)):
+                    if max_tokens:
+                        leases[at] = self._lease(max_tokens)
+                    arrivals.start(one(at))
+                    if arrivals.pending >= MOST_APART:
+                        await anext(arrivals)
+                async for _ in arrivals:
+                    pass
+        finally:
+            for lease in leases.values():  # of those that were cancelled before they began
+                lease.settle(0)
         return [replies[at] for at in range(len(bodies))]
 
     def _apart_from(
@@ -728,6 +733,13 @@ class _Flight(Generic[T]):
             for index, lease in self.leased.items():
                 lease.settle(0)
                 self._never_begun(index)
+
+
+def _counted(reply: dict[str, Any], name: str) -> int:
+    """A count in a reply's usage; what is none counts nothing."""
+    usage: Any = reply.get("usage")
+    count: Any = cast(dict[str, Any], usage).get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 0
 
 
 def _digest(token_ids: Sequence[int]) -> bytes:

@@ -110,16 +110,21 @@ class Sandbox:
             raise Raised(*reply["raised"])
         return reply["result"]
 
-    async def program(
-        self, command: Sequence[str], told: str, *, folder: Path, seconds: float
-    ) -> str:
-        """Run a program of its own, with an empty environment, in `folder`; kill it in the end.
+    async def program(self, command: Sequence[str], told: str, *, seconds: float) -> str:
+        """Run a program of its own, with an empty environment, and kill it in the end.
 
         It reads `told` from its standard input, and is heard on the descriptor whose number is its
-        last argument; what it says is empty if it was killed or said nothing.
+        last argument; what it says is empty if it was killed before it said anything.
+
+        Raises:
+            SandboxError: It cannot be started.
         """
         async with self._programs:
-            hear, say = os.pipe()
+            try:
+                hear, say = os.pipe()
+            except OSError as error:
+                raise SandboxError(f"no pipe to a program: {error}") from error
+            os.set_blocking(hear, False)
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -128,10 +133,13 @@ class Sandbox:
                     stdout=asyncio.subprocess.DEVNULL,
                     stderr=asyncio.subprocess.DEVNULL,
                     pass_fds=(say,),
-                    cwd=folder,
+                    cwd="/",
                     env={},
                     start_new_session=True,
                 )
+            except OSError as error:
+                os.close(hear)
+                raise SandboxError(f"a program does not start: {error}") from error
             except BaseException:
                 os.close(hear)
                 raise
@@ -142,11 +150,13 @@ class Sandbox:
                     async with asyncio.timeout(seconds):
                         await process.communicate(told.encode())
             finally:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-                with os.fdopen(hear, "rb") as pipe:
-                    said = pipe.read(REPLY_BYTES)
+                try:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+                finally:
+                    with os.fdopen(hear, "rb", buffering=0) as pipe:
+                        said = pipe.read(REPLY_BYTES) or b""
             return said.decode(errors="replace")
 
     async def close(self) -> None:

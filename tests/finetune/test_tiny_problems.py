@@ -174,7 +174,7 @@ def test_training_examples_are_seeded():
 def test_attempts_to_judge_are_right_about_half_of_the_time():
     for family in ALL:
         drawn = examples(random.Random(5), verified=1.0, families=(family,))
-        good = [one.right == len(one.solution) for one in islice(drawn, 1000)]
+        good = [one.right == len(one.solution) + 1 for one in islice(drawn, 1000)]
         assert 0.25 < sum(good) / len(good) < 0.75, family
 
 
@@ -226,7 +226,7 @@ def test_right_is_what_leads_to_the_answer_character_by_character():
             item = draw(rng, held_out=False, family=family)
             right = solution(item, rng)
             at = rng.randrange(len(right))
-            assert right_until(item, right) == len(right)
+            assert right_until(item, right) == len(right) + 1
             assert right_until(item, right[:at]) == at
             assert right_until(item, right[:at] + "#" + right[at + 1 :]) == at
     item = draw(rng, held_out=False, family="countdown", steps=2)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from server.endpoints import Endpoint, Endpoints
-from server.verifiers.catalogue import Allowed, adapters, resolve
+from server.verifiers.catalogue import Allowed, adapters, resolve, talkers
 from server.verifiers.judge import Judge
 from server.verifiers.reward_model import RewardModel
 from strategies.core.budget import Limits
@@ -75,7 +75,8 @@ async def test_several_grades_make_their_mean_and_an_adapter_gives_them():
         [verdict] = await judge.judge(PROBLEM, candidates("four"), ctx)
     assert verdict.score == pytest.approx((0.5 + 0.6 + 0.7) / 3)
     assert {one.adapter for one in engine.asked} == {"critic"}
-    assert adapters(Judge(adapter="critic")) == ["critic"]
+    assert talkers(Judge(adapter="critic")) == ["critic"]
+    assert adapters(Judge(adapter="critic")) == []
 
 
 def better_by_length(asked: str) -> str:
@@ -114,6 +115,26 @@ async def test_a_refusal_is_no_verdict():
         assert [verdict.score for verdict in verdicts] == [0, 0.5, 1]
         with pytest.raises(VerifierFailed, match="candidate 0"):
             await Judge(mode="compare").judge(PROBLEM, candidates("a", "five"), ctx)
+
+
+@pytest.mark.parametrize("mode", ["grade", "compare"])
+async def test_too_many_questions_are_refused_before_the_first(mode: str):
+    engine = Saying(lambda asked: "5")
+    async with context(engine) as ctx:
+        judge = Judge.model_validate({"mode": mode, "times": 16})
+        with pytest.raises(VerifierFailed, match="1024 at most"):
+            await judge.judge(PROBLEM, candidates(*map(str, range(100))), ctx)
+    assert engine.asked == []
+
+
+async def test_what_was_set_aside_for_another_server_is_given_back():
+    remote = Answering(lambda body: {"usage": {"completion_tokens": "many", "prompt_tokens": -3}})
+    async with context(FakeEngine([""]), remote=remote, limits=Limits(tokens=100)) as ctx:
+        with pytest.raises(BudgetSpent):
+            await ctx.consult("gpt", [{}] * 10, max_tokens=32)
+        assert (ctx.budget.spent, ctx.budget.reserved) == (0, 0)
+        await ctx.consult("gpt", [{}] * 3, max_tokens=32)
+        assert (ctx.budget.spent, ctx.budget.reserved) == (0, 0)
 
 
 async def test_a_judge_elsewhere_is_asked_for_json_and_charged_to_the_budget():
@@ -313,6 +334,6 @@ def test_a_key_is_not_shown():
     )
     assert "secret" not in repr(endpoint)
     assert "secret" not in endpoint.model_dump_json()
-    for url in ("ftp://x", "example.org", "http://", "http:///x"):
+    for url in ("ftp://x", "example.org", "http://", "http:///x", "http://host:99999999"):
         with pytest.raises(ValidationError):
             Endpoint(api="chat", url=url, model="m")

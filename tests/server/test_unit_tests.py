@@ -36,16 +36,34 @@ async def test_the_share_of_tests_that_pass():
     assert [verdict.steps for verdict in verdicts[:2]] == [(1.0, 1.0), (0.0, 1.0)]
 
 
-async def test_the_standard_library_and_its_directory_are_there():
+async def test_the_standard_library_is_there():
     code = """
-import collections, ctypes, decimal, json, math, re, statistics, threading, zlib
-from pathlib import Path
-Path("notes.txt").write_text("x")
-thread = threading.Thread(target=lambda: Path("more.txt").write_text("y"))
-thread.start(); thread.join()
+import collections, ctypes, decimal, json, math, re, statistics, threading, zlib, datetime, heapq
+import itertools, functools, random, string, bisect, dataclasses, typing, time, copy, fractions
+time.sleep(0.01)
 """
-    tests = ("assert Path('notes.txt').read_text() + Path('more.txt').read_text() == 'xy'",)
+    tests = (
+        "assert json.loads('[1]') == [1] and math.sqrt(decimal.Decimal(4)) == 2",
+        "assert random.SystemRandom().random() < 1 and time.time() > 0 and datetime.date.today()",
+        "print('said to nobody'); assert statistics.mean([1, 3]) == 2",
+    )
     [verdict] = await judged(code, tests=tests)
+    assert verdict.steps == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First:\n```bash\npip install x\n```\nThen:\n```python\nx = 1\n```\nDone.",
+        "```Python3\nx = 1\n```\nIn C++:\n```cpp\nint x = 1;\n```",
+        "1. So:\n   ```py\n   x = 1\n   ```",
+        "```\nx = 1\n```",
+        "x = 1",
+    ],
+    ids=str,
+)
+async def test_the_last_block_in_python_is_run(text: str):
+    [verdict] = await judged(text, tests=("assert x == 1",))
     assert verdict.score == 1.0
 
 
@@ -63,6 +81,20 @@ REFUSED = {
     "reading the environment of its parent": f"open('/proc/{os.getpid()}/environ').read()",
     "listing a directory": "import os; os.listdir('/etc')",
     "writing a file": "open('/tmp/mull-was-here', 'w')",
+    "emptying a file": f"import os; os.truncate({str(OUTSIDE)!r}, 0)",
+    "a file's rights": f"import os; os.chmod({str(OUTSIDE)!r}, 0o777)",
+    "a file's times": f"import os; os.utime({str(OUTSIDE)!r}, (0, 0))",
+    "a device's node": "import os, stat; os.mknod('/tmp/mull-was-here', stat.S_IFCHR, 0)",
+    "a folder": "import os; os.mkdir('/tmp/mull-was-here')",
+    "a thread": "import threading; threading.Thread(target=print).start()",
+    "a signal by a descriptor": "import fcntl, os\nfcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
+    "the priority of its parent": "import os; os.setpriority(0, os.getppid(), 19)",
+    "the processors of its parent": "import os; os.sched_setaffinity(os.getppid(), [0])",
+    "shared memory": "import ctypes\n"
+    "if ctypes.CDLL(None).shmget(0, 4096, 0o1600) < 0: raise OSError",
+    "memory without a limit": "import os; os.memfd_create('x')",
+    "a life without an alarm": "import signal; signal.signal(signal.SIGALRM, signal.SIG_IGN)",
+    "a deaf ear": "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])",
     "removing a file": f"import os; os.remove({str(OUTSIDE)!r})",
     "a device": "open('/dev/null', 'w')",
     "a process": "import os; os.fork()",
@@ -72,9 +104,6 @@ REFUSED = {
     "more time": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
     "another root": "import os; os.chroot('.')",
     "much memory": "bytearray(2 << 30)",
-    "a large file": "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    "open('large', 'wb').write(bytes(32 << 20))",
-    "many files": "files = [open(f'{at}', 'w') for at in range(100)]",
     "another name space": "import ctypes\nif ctypes.CDLL(None).unshare(0x10000000): raise OSError",
 }
 
@@ -97,6 +126,12 @@ async def test_what_is_refused(what: str):
         "import ctypes; ctypes.string_at(0)",
         "import os; [os.write(one, b'[true]') for one in range(3, 20)]; os._exit(0)",
         "raise SystemExit",
+        "import time; time.sleep(5)",
+        "import os, sys; say = int(sys.argv[1]); os.write(say, b'ha ha'); os._exit(0)",
+        "import os, sys; job = sys._getframe(1).f_locals['job']\n"
+        "os.write(int(sys.argv[1]), (job['word'] + '[1, 2').encode()); os._exit(0)",
+        "import os, sys; job = sys._getframe(1).f_locals['job']\n"
+        "os.write(int(sys.argv[1]), (job['word'] + '[NaN]').encode()); os._exit(0)",
         "x = (" * 100_000,
         "def f(): f()\nf()",
     ],
