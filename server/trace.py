@@ -17,6 +17,7 @@ from strategies.core.events import (
     Event,
     Failed,
     Grown,
+    Proposed,
     Read,
     Sampled,
     Scored,
@@ -83,12 +84,12 @@ class Trace:
 
     def record(self, event: Event) -> None:
         """Append an event; `Chosen` and `Failed` are the last."""
-        if isinstance(event, Sampled):  # without what is many, or is the parent's, too
+        if isinstance(event, Sampled | Proposed):  # without what is many, or is the parent's, too
             candidate = event.candidate
             own = candidate.token_ids[candidate.inherited :]
             text = candidate.text[candidate.inherited_chars :][:LONGEST_TEXT]
             bare = replace(candidate, text=text, token_ids=own, inherited=0, inherited_chars=0)
-            event = Sampled(
+            event = type(event)(
                 candidate=replace(bare, logprobs=(), pieces=(), top_logprobs=(), top_token_ids=())
             )
         timed = (time.monotonic() - self._started, event)
@@ -118,7 +119,7 @@ class Trace:
         return self.events[-1][0] if self.over else time.monotonic() - self._started
 
     def tree(self, detail: Detail) -> list[dict[str, Any]]:
-        """Every finished sequence with what it goes on with, in the order in which they ended.
+        """Every finished sequence or thought with what it goes on with, in order.
 
         `parent` is the index of another, or None for the bare prompt; a plain search has nothing
         but roots. The first `MOST_NODES` of them.
@@ -127,7 +128,7 @@ class Trace:
         chosen = next((one for _, one in self.events if isinstance(one, Chosen)), None)
         nodes: list[dict[str, Any]] = []
         for _, event in self.events:
-            if isinstance(event, Sampled) and len(nodes) < MOST_NODES:
+            if isinstance(event, Sampled | Proposed) and len(nodes) < MOST_NODES:
                 one = event.candidate
                 node: dict[str, Any] = {
                     "index": one.index,
@@ -206,7 +207,7 @@ def told(timed: Timed) -> dict[str, Any]:
         case Grown():
             said |= {"index": event.index, "text": event.chunk.text}
             said |= {"tokens": len(event.chunk.token_ids)}
-        case Sampled(candidate=candidate):
+        case Sampled(candidate=candidate) | Proposed(candidate=candidate):
             said |= {"index": candidate.index, "answer": candidate.answer}
             said |= {"tokens": candidate.drawn, "finish_reason": candidate.finish_reason}
             if candidate.parent is not None or candidate.finish_reason == "step":

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from strategies.best_of_n import Select, elect
 from strategies.core.context import Context, Draw, Sampling
 from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
-from strategies.core.events import Sampled
+from strategies.core.events import Proposed
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import MOST_DRAWS, Beam, Node, Search, Tree
 from strategies.core.types import (
@@ -339,7 +339,7 @@ class _Growth:
                 if written + len(ids) >= problem.max_tokens:
                     continue  # there would be no room for what follows
                 joined = _joined(before, self._ctx.number(), text, ids)
-                self._ctx.emit(Sampled(candidate=joined))
+                self._ctx.emit(Proposed(candidate=joined))
                 drawn.append((node, self._place(), joined))
         return drawn
 

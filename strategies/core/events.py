@@ -33,6 +33,13 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Proposed:
+    """A solution goes on with words that were proposed in reply to a question, at no more cost."""
+
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Aborted:
     """A sequence was stopped because it can no longer matter.
 
@@ -111,6 +118,7 @@ Event = (
     Started
     | Grown
     | Sampled
+    | Proposed
     | Aborted
     | Scored
     | Read
