@@ -2,7 +2,7 @@
 
 Every method answers the same held-out problems. `--verifier NAME=PATH` serves a verifier adapter;
 with it everything is measured by likelihood, by the adapter, and by both together. JSON: `rows`
-has one object per verifier, family ("all" for all) and method: `problems`, `accuracy` and
+has one object per method and family ("all" for all): `problems`, `accuracy` and
 `tokens` (generated per problem, verifiers' included) as [value, standard error], `seconds`
 (median per problem), `cached` (share of the engine's prompt tokens that were in the prefix cache).
 `differences`: accuracy in points as [value, standard error], paired by problem. `equal_tokens`:

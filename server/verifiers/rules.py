@@ -33,7 +33,9 @@ LONGEST_SCHEMA = 10_000
 """Characters of a schema written as JSON; to check that many takes 0.1 s."""
 
 
-class _Rule(BaseModel):
+class Rule(BaseModel):
+    """What rules have in common: they read words, judge whole answers, and cost no token."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
     logprobs: ClassVar[int | None] = None
@@ -46,7 +48,7 @@ class _Rule(BaseModel):
         return 0
 
 
-class Regex(_Rule):
+class Regex(Rule):
     """1 if a regular expression is found in the candidate's text or answer, else 0."""
 
     kind: Literal["regex"] = "regex"
@@ -71,7 +73,7 @@ class Regex(_Rule):
         return verdicts
 
 
-class JsonSchema(_Rule):
+class JsonSchema(Rule):
     """1 if the candidate's text, or its last fenced JSON block, satisfies a JSON Schema, else 0."""
 
     kind: Literal["json_schema"] = "json_schema"
@@ -101,7 +103,7 @@ class JsonSchema(_Rule):
         return verdicts
 
 
-class Countdown(_Rule):
+class Countdown(Rule):
     """1 if the answer reaches the problem's target with each of its numbers used once, else 0."""
 
     kind: Literal["countdown"] = "countdown"
@@ -121,7 +123,7 @@ class Countdown(_Rule):
         ]
 
 
-class Arithmetic(_Rule):
+class Arithmetic(Rule):
     """The share of right lines among those that say `a op b = c`; its steps are these lines."""
 
     kind: Literal["arithmetic"] = "arithmetic"
@@ -140,7 +142,7 @@ class Arithmetic(_Rule):
         return verdicts
 
 
-RULES: tuple[type[_Rule], ...] = (Regex, JsonSchema, Countdown, Arithmetic)
+RULES: tuple[type[Rule], ...] = (Regex, JsonSchema, Countdown, Arithmetic)
 """Every rule that a request can name."""
 
 

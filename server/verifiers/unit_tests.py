@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from textwrap import dedent
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from server import jail
+from server.verifiers.rules import Rule
 from server.wire import as_list
 from strategies.core.aio import Arrivals
 from strategies.core.errors import VerifierFailed
@@ -33,7 +34,7 @@ _BLOCK = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```", re.DOTALL | re.MULT
 _LANGUAGES = ("", "python", "python3", "py")
 
 
-class UnitTests(BaseModel):
+class UnitTests(Rule):
     """The share of the client's unit tests that a candidate's Python code passes.
 
     The code is the last fenced block of the text, or all of it; each test is a piece of Python that
@@ -42,27 +43,11 @@ class UnitTests(BaseModel):
     own, `seconds` of time and a gibibyte of memory. Off unless the operator allows it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["unit_tests"] = "unit_tests"
     tests: tuple[Annotated[str, Field(min_length=1, max_length=20_000)], ...] = Field(
         min_length=1, max_length=100, description='For example `["assert add(1, 2) == 3"]`.'
     )
     seconds: int = Field(default=5, ge=1, le=30, description="For a candidate and all tests.")
-
-    @property
-    def logprobs(self) -> None:
-        """None: it reads words."""
-        return None
-
-    @property
-    def stepwise(self) -> bool:
-        """It judges whole answers."""
-        return False
-
-    def aside(self, tokens: int) -> int:
-        """Nothing: no token is generated."""
-        return 0
 
     async def judge(
         self, problem: Problem, candidates: Sequence[Candidate], ctx: "Context"
