@@ -159,11 +159,13 @@ class Loss(torch.nn.Module):
         head = model.get_output_embeddings()
         assert head is not None
         self.head = head
+        self.norm = self.decoder.get_submodule("norm")
         self.pad: int = model.config.pad_token_id
         self._exit_weight = exit_weight
         self._hidden: torch.Tensor | None = None
         if exit_layer:
-            self.decoder.layers[exit_layer - 1].register_forward_hook(self._keep)
+            layer: torch.nn.Module = self.decoder.get_submodule(f"layers.{exit_layer - 1}")
+            layer.register_forward_hook(self._keep)
 
     def _keep(self, layer: torch.nn.Module, given: Any, hidden: Any) -> None:
         self._hidden = hidden[0] if isinstance(hidden, tuple) else hidden
@@ -174,7 +176,7 @@ class Loss(torch.nn.Module):
         hidden = self.decoder(input_ids=inputs, use_cache=False).last_hidden_state
         loss = self._told(hidden, follows)
         if self._hidden is not None:
-            loss = loss + self._exit_weight * self._told(self.decoder.norm(self._hidden), early)
+            loss = loss + self._exit_weight * self._told(self.norm(self._hidden), early)
         return loss
 
     def _told(self, hidden: torch.Tensor, said: torch.Tensor) -> torch.Tensor:

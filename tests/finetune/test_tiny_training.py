@@ -48,6 +48,7 @@ def test_a_judged_row_has_a_verdict_on_every_token(tokenizer):
     good, bad = loop.verdicts(tokenizer)
     kinds: set[bool] = set()
     for example in islice(examples(random.Random(1), verified=1.0), 50):
+        assert example.right is not None
         row = loop.judged(tokenizer, example)
         right = example.solution[: example.right] + tokenizers.END * (
             example.right > len(example.solution)
