@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bare
+from bench.plot import panels
 from bench.serving import ask_all, bar, server
 from bench.stats import half_width, mean, median
 from finetune.tiny.problems import FAMILIES, exam, grade
@@ -238,31 +239,23 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def _plot(rows: list[dict[str, Any]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
-    for axis, family in zip(axes, FAMILIES, strict=True):
-        mine = [row for row in rows if row["family"] == family]
-        for method in dict.fromkeys(row["method"] for row in mine):
-            line = [row for row in mine if row["method"] == method]
-            axis.errorbar(
-                [row["tokens"] for row in line],
-                [row["accuracy"] for row in line],
-                yerr=[row["accuracy_half_width"] for row in line],
-                marker="o",
-                capsize=3,
-                label=method,
-                linestyle="-" if len(line) > 1 else "none",
-            )
-        axis.set_xscale("log")
-        axis.set_title(f"{family} problems")
-        axis.set_xlabel("generated tokens per problem")
-        axis.set_ylabel("accuracy")
-        axis.set_ylim(0, 1)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with panels(path, 1, 2, (12, 5)) as axes:
+        for axis, family in zip(axes[0], FAMILIES, strict=True):
+            mine = [row for row in rows if row["family"] == family]
+            for method in dict.fromkeys(row["method"] for row in mine):
+                line = [row for row in mine if row["method"] == method]
+                axis.errorbar(
+                    [row["tokens"] for row in line],
+                    [row["accuracy"] for row in line],
+                    yerr=[row["accuracy_half_width"] for row in line],
+                    marker="o",
+                    capsize=3,
+                    label=method,
+                    linestyle="-" if len(line) > 1 else "none",
+                )
+            axis.set_xscale("log")
+            axis.set_title(f"{family} problems")
+            axis.set_xlabel("generated tokens per problem")
+            axis.set_ylabel("accuracy")
+            axis.set_ylim(0, 1)
+            axis.legend(fontsize=7)

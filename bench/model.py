@@ -28,6 +28,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.plot import panels
 from bench.serving import ask_all, bar, server
 from bench.stats import auc, best_at, majority_at, mean, pass_at, standard_error
 from finetune.tiny.countdown import value_of
@@ -262,22 +263,15 @@ def _distance(bins: list[tuple[int, float, float]]) -> float | None:
 
 
 def _plot(bins: list[tuple[int, float, float]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axis = pyplot.subplots(figsize=(5, 5))
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    axis.plot([said for _, said, _ in bins], [right for *_, right in bins], marker="o")
-    for count, said, right in bins:
-        axis.annotate(f"{count:,}", (said, right), textcoords="offset points", xytext=(6, -10))
-    axis.set_xlabel("what the verifier says")
-    axis.set_ylabel("share of lines that are right")
-    axis.set_title("Calibration; numbers of lines beside the points")
-    axis.grid(alpha=0.3)
-    drawn.tight_layout()
-    drawn.savefig(path, dpi=110)
+    with panels(path, 1, 1, (5, 5)) as axes:
+        axis = axes[0][0]
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=1)
+        axis.plot([said for _, said, _ in bins], [right for *_, right in bins], marker="o")
+        for count, said, right in bins:
+            axis.annotate(f"{count:,}", (said, right), textcoords="offset points", xytext=(6, -10))
+        axis.set_xlabel("what the verifier says")
+        axis.set_ylabel("share of lines that are right")
+        axis.set_title("Calibration; numbers of lines beside the points")
 
 
 def _area(samples: list[Sample], scorer: str) -> float | None:

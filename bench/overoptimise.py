@@ -22,6 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench.plot import panels
 from bench.search import groups, verifiers
 from bench.serving import ask_all, bar, server
 from bench.stats import mean, standard_error
@@ -151,37 +152,27 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(rows: list[dict[str, Any]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     judges = list(dict.fromkeys(row["verifier"] for row in rows))
-    drawn, axes = pyplot.subplots(
-        len(judges), len(FAMILIES), figsize=(12, 4 * len(judges)), squeeze=False
-    )
-    for line, name in zip(axes, judges, strict=True):
-        for axis, family in zip(line, FAMILIES, strict=True):
-            mine = [row for row in rows if (row["family"], row["verifier"]) == (family, name)]
-            for select in ("max", "weighted", "soft"):
-                curve = [row for row in mine if row["select"] == select]
-                sizes = [row["n"] for row in curve]
-                axis.errorbar(
-                    sizes,
-                    [row["accuracy"][0] for row in curve],
-                    yerr=[row["accuracy"][1] for row in curve],
-                    marker="o",
-                    capsize=3,
-                    label=f"accuracy, {select}",
-                )
-                if select == "max":
-                    proxy = [row["proxy"][0] for row in curve]
-                    axis.plot(sizes, proxy, color="grey", linestyle="--", label="proxy, max")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(0, 1)
-            axis.set_title(f"{family} problems, judged by {name}")
-            axis.set_xlabel("n")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    drawn.tight_layout()
-    drawn.savefig(path, dpi=110)
+    with panels(path, len(judges), len(FAMILIES), (12, 4 * len(judges))) as axes:
+        for line, name in zip(axes, judges, strict=True):
+            for axis, family in zip(line, FAMILIES, strict=True):
+                mine = [row for row in rows if (row["family"], row["verifier"]) == (family, name)]
+                for select in ("max", "weighted", "soft"):
+                    curve = [row for row in mine if row["select"] == select]
+                    sizes = [row["n"] for row in curve]
+                    axis.errorbar(
+                        sizes,
+                        [row["accuracy"][0] for row in curve],
+                        yerr=[row["accuracy"][1] for row in curve],
+                        marker="o",
+                        capsize=3,
+                        label=f"accuracy, {select}",
+                    )
+                    if select == "max":
+                        proxy = [row["proxy"][0] for row in curve]
+                        axis.plot(sizes, proxy, color="grey", linestyle="--", label="proxy, max")
+                axis.set_xscale("log", base=2)
+                axis.set_ylim(0, 1)
+                axis.set_title(f"{family} problems, judged by {name}")
+                axis.set_xlabel("n")
+                axis.legend(fontsize=7)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bare
+from bench.plot import panels
 from bench.serving import ask_all, bar, server
 from bench.stats import mean, median, standard_error
 from finetune.tiny.problems import FAMILIES, exam, grade
@@ -331,35 +332,26 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def _plot(figures: dict[str, Any], verifiers: dict[str, Any], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(
-        len(verifiers), len(FAMILIES), figsize=(12, 4.5 * len(verifiers)), squeeze=False
-    )
-    for line, name in zip(axes, verifiers, strict=True):
-        for axis, family in zip(line, FAMILIES, strict=True):
-            mine = {row["method"]: row for row in figures["rows"] if row["family"] == family}
-            curve = [mine[f"best-of-{n} by {name}"] for n in NS]
-            rest = [*_searches(name, mine), "greedy", "majority, n=16"]
-            rest.append(f"weighted vote of 16 by {name}")
-            for label, rows in [("best-of-N", curve), *((one, [mine[one]]) for one in rest)]:
-                axis.errorbar(
-                    [row["tokens"][0] for row in rows],
-                    [row["accuracy"][0] for row in rows],
-                    yerr=[row["accuracy"][1] for row in rows],
-                    marker="o",
-                    capsize=3,
-                    label=label.removesuffix(f" by {name}"),
-                    linestyle="-" if len(rows) > 1 else "none",
-                )
-            axis.set_xscale("log")
-            axis.set_title(f"{family} problems, judged by {name}")
-            axis.set_xlabel("generated tokens per problem")
-            axis.set_ylabel("accuracy")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    drawn.tight_layout()
-    drawn.savefig(path, dpi=110)
+    size = (12, 4.5 * len(verifiers))
+    with panels(path, len(verifiers), len(FAMILIES), size) as axes:
+        for line, name in zip(axes, verifiers, strict=True):
+            for axis, family in zip(line, FAMILIES, strict=True):
+                mine = {row["method"]: row for row in figures["rows"] if row["family"] == family}
+                curve = [mine[f"best-of-{n} by {name}"] for n in NS]
+                rest = [*_searches(name, mine), "greedy", "majority, n=16"]
+                rest.append(f"weighted vote of 16 by {name}")
+                for label, rows in [("best-of-N", curve), *((one, [mine[one]]) for one in rest)]:
+                    axis.errorbar(
+                        [row["tokens"][0] for row in rows],
+                        [row["accuracy"][0] for row in rows],
+                        yerr=[row["accuracy"][1] for row in rows],
+                        marker="o",
+                        capsize=3,
+                        label=label.removesuffix(f" by {name}"),
+                        linestyle="-" if len(rows) > 1 else "none",
+                    )
+                axis.set_xscale("log")
+                axis.set_title(f"{family} problems, judged by {name}")
+                axis.set_xlabel("generated tokens per problem")
+                axis.set_ylabel("accuracy")
+                axis.legend(fontsize=7)

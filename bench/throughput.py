@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.bare import Answered, search, vote
+from bench.plot import panels
 from bench.serving import ask_all, bar, server
 from bench.stats import half_width, mean, median
 from finetune.tiny.problems import FAMILIES, exam
@@ -172,23 +173,15 @@ def _show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 
 def _plot(rows: list[dict[str, Any]], path: str) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     families = list(dict.fromkeys(row["family"] for row in rows))
     several = sorted({row["clients"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(families), figsize=(11, 4.2), squeeze=False)
-    for axis, family in zip(axes[0], families, strict=True):
-        for name in ARMS:
-            mine = [row for row in rows if (row["family"], row["arm"]) == (family, name)]
-            style = "--" if name.startswith("bare") else "-"
-            speeds = [row["problems_per_second"] for row in mine]
-            axis.plot([row["clients"] for row in mine], speeds, style, marker="o", label=name)
-        axis.set(title=family, xlabel="clients", ylabel="problems per second", xscale="log")
-        axis.set_xticks(several, [str(clients) for clients in several])
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    with panels(path, 1, len(families), (11, 4.2)) as axes:
+        for axis, family in zip(axes[0], families, strict=True):
+            for name in ARMS:
+                mine = [row for row in rows if (row["family"], row["arm"]) == (family, name)]
+                style = "--" if name.startswith("bare") else "-"
+                speeds = [row["problems_per_second"] for row in mine]
+                axis.plot([row["clients"] for row in mine], speeds, style, marker="o", label=name)
+            axis.set(title=family, xlabel="clients", ylabel="problems per second", xscale="log")
+            axis.set_xticks(several, [str(clients) for clients in several])
+        axes[0][0].legend(fontsize=8)

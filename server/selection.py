@@ -383,16 +383,20 @@ def _sign(selection: Selection, body: JSON, headers: Mapping[str, str]) -> None:
 
 
 def _question(body: JSON) -> str:
-    """The last thing that the user said, in words; empty where the prompt has none."""
+    """What the user asks, in words; of a longer conversation, all of it. Empty without words."""
     turns: object = body.get("messages", body.get("input", body.get("prompt", "")))
     if isinstance(turns, str):
         return turns
-    for turn in reversed(as_list(turns) or []):
-        if isinstance(turn, str):
-            return turn
-        if _role(turn) == "user":
-            return _words(turn.get("content"))
-    return ""
+    said = [
+        (_role(turn), turn if isinstance(turn, str) else _words(turn.get("content")))
+        for turn in as_list(turns) or []
+        if isinstance(turn, str) or _role(turn) in ("user", "assistant")
+    ]
+    while said and said[-1][0] == "assistant":  # the beginning of the answer
+        said.pop()
+    if len(said) == 1 or (said and said[-1][0] is None):
+        return said[-1][1]
+    return "\n\n".join(f"{role}: {words}" for role, words in said)
 
 
 def _words(content: object) -> str:

@@ -125,8 +125,8 @@ class BeamSearch(Strategy, frozen=True):
             search = _Search(self, problem, ctx, drawing)
             search.advance()
             try:
-                while drawn := await search.arrivals():
-                    await search.judge(drawn)
+                while drawing.pending:
+                    await search.judge(await search.arrivals())
                     search.advance()
             except BudgetSpent:
                 pass
@@ -258,7 +258,7 @@ class _Search:
         return self._at_judge + ahead
 
     async def arrivals(self) -> list[Candidate]:
-        """What has been drawn by now, one at least; empty once nothing is under way."""
+        """What has been drawn by now; empty only if all that was under way was lost."""
         drawn = await self._drawing.some()
         while self._in_order and (more := await self._drawing.some()):
             drawn += more
@@ -266,7 +266,8 @@ class _Search:
 
     def advance(self) -> None:
         """Start the next round of every frontier that has all of its last one."""
-        waiting = {id(coming.frontier) for coming in self._coming.values()}
+        under_way = [one for index, one in self._coming.items() if self._drawing.awaits(index)]
+        waiting = {id(coming.frontier) for coming in under_way}
         ready = [one for one in self._open if id(one) not in waiting]
         growing = [one for one in ready if one.rounds < self._strategy.max_steps]
         wanted = [

@@ -152,12 +152,13 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
         raise InvalidRequest("a strategy needs a prompt of tokens")
     if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
         raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
+    reads = "the adapter" if adapters(selection.verifier) else None
+    goes_on = selection.strategy.kind if selection.strategy.stepwise else reads
+    if goes_on is not None and asked.prompt["type"] != "token":
+        raise InvalidRequest(
+            f"{goes_on} goes on from tokens, and a picture or a sound has none", field="messages"
+        )
     if selection.strategy.stepwise:
-        if asked.prompt["type"] != "token":
-            raise InvalidRequest(
-                f"{selection.strategy.kind} goes on from tokens, and a picture or a sound has none",
-                field="messages",
-            )
         for field, idle in _COUNTED.items():
             if getattr(asked.params, field) not in (None, idle):
                 raise InvalidRequest(

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, cast
@@ -45,7 +45,6 @@ from models import MULL_TINY
 from server.local import cpu, defaults
 from server.settings import Settings, fork_workers
 from strategies.core.aio import Background
-from strategies.core.sandbox import Sandbox
 
 Progress = Callable[[str], None]
 
@@ -172,12 +171,13 @@ async def _start(
     app = build_app(args, tasks, engine.model_config)
     app.state.server = server
     await init_app_state(engine, app.state, args, tasks)
-    sandbox: Sandbox | None = getattr(app.state, "sandbox", None)
-    if sandbox is None:  # vLLM logs a plugin's failure and carries on; a Mull server must not
+    closing: Sequence[Callable[[], Awaitable[None]]] = getattr(app.state, "closing", ())
+    if not closing:  # vLLM logs a plugin's failure and carries on; a Mull server must not
         raise SystemExit(
             "mull: the plugin did not load; the reason is in the log above, and see: mull doctor"
         )
-    stack.push_async_callback(sandbox.close)
+    for close in closing:
+        stack.push_async_callback(close)
     await stack.enter_async_context(app.router.lifespan_context(app))
     door.app = app
     stack.callback(setattr, door, "app", None)

@@ -59,7 +59,8 @@ class Plugin:
         assert engine_client is not None
         self._state = state
         sandbox = Sandbox()
-        state.sandbox = sandbox
+        remote = Endpoints(self._settings.endpoints)
+        state.closing = (sandbox.close, remote.close)
         state.chat = Chat()
         state.settings = self._settings
         state.served = self.models
@@ -93,7 +94,7 @@ class Plugin:
             sandbox=sandbox,
             adapter=self._adapter,
             settings=self._settings,
-            remote=Endpoints(self._settings.endpoints),
+            remote=remote,
         )
 
     def models(self) -> set[str]:

@@ -578,6 +578,10 @@ class Sampling:
         """The lowest index that may still come: started and not yet iterated over, or new."""
         return min(self._unseen, default=inf)
 
+    def awaits(self, index: int) -> bool:
+        """Whether a sequence is started and not yet iterated over; one that was lost is over."""
+        return index in self._unseen
+
     def start(self, draws: int | Sequence[Draw]) -> list[int]:
         """Start more sequences, as many as the budget allows, in order; return their indices."""
         asked = [Draw()] * draws if isinstance(draws, int) else draws

@@ -221,3 +221,19 @@ def test_a_run_of_an_unknown_asker_is_nobodys():
     assert selection is not None
     assert selection.owner not in ("", owner(Headers({"authorization": "Bearer a"})))
     assert owner(Headers({"authorization": "Bearer a"})) != owner(Headers({"x-api-key": "b"}))
+
+
+def test_judges_read_the_question_or_all_of_a_longer_conversation():
+    def question(*turns: tuple[str, str], **more: str) -> str:
+        messages = [{"role": role, "content": said} for role, said in turns]
+        body = {"model": "tiny", "messages": messages, "strategy": "best_of_n", **more}
+        selection = choose(body, MODELS)[1]
+        assert selection is not None
+        return selection.question
+
+    asked = ("user", "2 + 2?")
+    assert question(("system", "Be brief."), asked) == "2 + 2?"
+    assert question(asked, ("assistant", "The")) == "2 + 2?"
+    longer = question(asked, ("assistant", "4"), ("user", "And twice that?"))
+    assert longer == "user: 2 + 2?\n\nassistant: 4\n\nuser: And twice that?"
+    assert question(("system", "Be brief.")) == ""

@@ -10,7 +10,7 @@ from strategies.beam_search import BeamSearch
 from strategies.core.budget import Limits
 from strategies.core.events import Sampled, Scored
 from strategies.core.testing import FakeEngine, FakeVerifier, context, encode, pieces
-from strategies.core.types import Candidate, Generation, Outcome, Problem
+from strategies.core.types import Candidate, Chunk, Generation, Outcome, Problem
 
 PROBLEM = Problem(token_ids=(1, 2, 3), max_tokens=40, seed=0)
 WORDS = {encode(word)[0]: word for word in ("a\n", "b\n", "c\n", "d\n", "long ", "step ")}
@@ -192,3 +192,23 @@ async def test_a_budget_that_runs_out_gives_what_there_is():
 def test_bounds(fields: dict[str, Any], complaint: str):
     with pytest.raises(ValidationError, match=complaint):
         BeamSearch.model_validate(fields)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("allocate", ["top_k", "diverse"])
+async def test_a_sequence_that_the_engine_lost_holds_nothing_up(allocate: str, lookahead: int):
+    class Losing(FakeEngine):
+        async def generate(self, generation: Generation):
+            if generation.index == 1:
+                yield Chunk(finish_reason="abort")
+                return
+            async for chunk in super().generate(generation):
+                yield chunk
+
+    tree = Tree(spelled)
+    tree.engine = Losing(tree.text)
+    fields = {"allocate": allocate, "lookahead": lookahead, "score": "last"}
+    outcome, *_ = await solved(tree, likes("abcd"), width=2, branch=2, **fields)
+    assert outcome.stopped == "samples"
+    assert len(outcome.candidates) > 1
+    assert all(one.complete and len(one.text) > 6 for one in outcome.candidates)
