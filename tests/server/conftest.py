@@ -15,6 +15,8 @@ import httpx
 import psutil
 import pytest
 
+from server.local.defaults import has_bfloat16
+
 
 @dataclass
 class Served:
@@ -49,17 +51,43 @@ def healthy(url: str) -> bool:
 @contextlib.contextmanager
 def serving(log: Path, *flags: str, **environment: str) -> Iterator[Served]:
     """`mull serve` on a free port of 127.0.0.1; its whole family is gone afterwards."""
+    mull = str(Path(sys.executable).parent / "mull")
+    with _started(log, [mull, "serve", *flags], environment) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def serving_bare(log: Path, *flags: str, **environment: str) -> Iterator[Served]:
+    """vLLM's own API server, started by vLLM's own launcher."""
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"),
+        *("--host", "127.0.0.1", "--dtype", "auto" if has_bfloat16() else "float32"),
+        *("--block-size", "32", "--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20)),
+        *flags,
+    ]
+    alone = {
+        "VLLM_PLUGINS": "none",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with _started(log, command, alone | environment) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def _started(log: Path, command: list[str], environment: dict[str, str]) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "mull"), "serve", "--port", str(port), *flags]
+    command = [*command, "--port", str(port)]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command, stdout=sink, stderr=sink, env=os.environ | environment, start_new_session=True
         )
     served = Served(f"http://127.0.0.1:{port}", process, log)
     try:
-        served.wait_healthy(180)
+        served.wait_healthy(240)
         yield served
     finally:
         family = served.family() if process.poll() is None else []
@@ -68,6 +96,12 @@ def serving(log: Path, *flags: str, **environment: str) -> Iterator[Served]:
         for one in alive:
             one.kill()
         process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def vllm():
+    """The same of a server without Mull, unless its plugin is asked for."""
+    return serving_bare
 
 
 @pytest.fixture(scope="session")

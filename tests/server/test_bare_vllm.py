@@ -1,79 +1,22 @@
 """Without a strategy Mull is vLLM; and vLLM's own server takes our plugin."""
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from models import MULL_TINY
-from server.local.defaults import has_bfloat16
 
-FLAGS = [
-    "--model", str(MULL_TINY), "--served-model-name", "mull-tiny", "--host", "127.0.0.1",
-    "--dtype", "auto" if has_bfloat16() else "float32", "--block-size", "32",
-    "--enforce-eager", "--enable-prompt-tokens-details",
-    "--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", "128",
-]  # fmt: skip
+FLAGS = (
+    *("--model", str(MULL_TINY), "--served-model-name", "mull-tiny"),
+    *("--enable-prompt-tokens-details", "--max-num-seqs", "128"),
+)
 MESSAGES = [
     {
         "role": "user",
         "content": "Tom has 12 apples. At the park he finds 7. How many apples does Tom have now?",
     }
 ]
-
-
-@contextlib.contextmanager
-def vllm(log: Path, plugins: str) -> Iterator[str]:
-    """vLLM's own API server, started by vLLM's own launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "VLLM_PLUGINS": plugins,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.launchers.api_server.entry",
-        "--port",
-        str(port),
-        *FLAGS,
-    ]
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=sink, env=environment, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.3)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(40)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 SAMPLING: dict[str, Any] = {"model": "mull-tiny", "seed": 11, "temperature": 0.9}
@@ -145,11 +88,11 @@ def joined(chunks: list[Any]) -> str:
 
 
 @pytest.mark.slow
-def test_no_strategy_is_bare_vllm_and_the_plugin_reasons_there(server, tmp_path):
-    with vllm(tmp_path / "bare.log", "none") as bare:
+def test_no_strategy_is_bare_vllm_and_the_plugin_reasons_there(server, vllm, tmp_path):
+    with vllm(tmp_path / "bare.log", *FLAGS) as bare:
         for name, (path, body) in REQUESTS.items():
             theirs, ours = (
-                httpx.post(f"{url}{path}", json=body, timeout=120) for url in (bare, server.url)
+                httpx.post(f"{url}{path}", json=body, timeout=120) for url in (bare.url, server.url)
             )
             assert ours.status_code == theirs.status_code, name
             assert stable(ours.json()) == stable(theirs.json()), name
@@ -159,11 +102,12 @@ def test_no_strategy_is_bare_vllm_and_the_plugin_reasons_there(server, tmp_path)
                 "stream": True
             }
             theirs, ours = (
-                httpx.post(f"{url}{path}", json=asked, timeout=120) for url in (bare, server.url)
+                httpx.post(f"{url}{path}", json=asked, timeout=120)
+                for url in (bare.url, server.url)
             )
             assert joined(events(ours.text)) == joined(events(theirs.text)) != "", name
             assert events(ours.text)[-1] == events(theirs.text)[-1], name
-    with vllm(tmp_path / "plugin.log", "mull") as plugged:
+    with vllm(tmp_path / "plugin.log", *FLAGS, VLLM_PLUGINS="mull") as plugged:
         asked = {
             "model": "mull-tiny:self_consistency",
             "messages": MESSAGES,
@@ -172,9 +116,9 @@ def test_no_strategy_is_bare_vllm_and_the_plugin_reasons_there(server, tmp_path)
         }
         theirs, ours = (
             httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=120)
-            for url in (plugged, server.url)
+            for url in (plugged.url, server.url)
         )
         assert ours.status_code == theirs.status_code == 200, theirs.text
         assert theirs.json()["choices"] == ours.json()["choices"]
         assert theirs.json()["mull"]["votes"] == ours.json()["mull"]["votes"]
-        assert httpx.get(f"{plugged}/v1/strategies").status_code == 200
+        assert httpx.get(f"{plugged.url}/v1/strategies").status_code == 200
