@@ -8,13 +8,16 @@ has one object per method and family ("all" for all): `problems`, `accuracy` and
 `differences`: accuracy in points as [value, standard error], paired by problem. `equal_tokens`:
 each search against best-of-N at its own number of tokens, interpolated on the curve of best-of-N.
 `pace`: for each search, how many times the seconds of best-of-16 it takes for a token, the median
-over problems that were asked one at a time.
+over problems that were asked one at a time. `cached`: of beam search after so many worked examples,
+`prompt` (tokens before the first step, mean), and of the prompt tokens of all continuations, which
+`share` came from the prefix cache.
 """
 
 import argparse
 import asyncio
 import json
 import math
+import random
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,14 +32,17 @@ from bench import bare
 from bench.plot import panels
 from bench.serving import ask_all, bar, server
 from bench.stats import mean, median, standard_error
-from finetune.tiny.problems import FAMILIES, exam, grade
-from finetune.tiny.solution import Item
+from finetune.tiny.problems import FAMILIES, draw, exam, grade
+from finetune.tiny.solution import Item, solution
 
 NS = (4, 8, 16, 32)
 """Samples of best-of-N, whose curve searches are compared with."""
 
 PACED = 24
 """Problems of each family that are asked one at a time."""
+
+SHOTS = (0, 2, 4)
+"""Worked examples before the question, where the prefix cache is looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,8 @@ class Answered:
     seconds: float
     prompt: int
     cached: int
+    continued: int
+    continued_cached: int
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
     adapter = options.verifier.split("=")[0] if options.verifier else None
     methods = _methods(adapter)
     with server(options.url, options.path, [] if options.url else flags) as base:
-        answered, paced = asyncio.run(_measure(base, items, methods, options))
+        measuring = _measure(base, items, methods, verifiers(adapter), options)
+        answered, paced, shown = asyncio.run(measuring)
     rows = [
         {"method": method, "family": family, **_row([answers[at] for at in chosen])}
         for method, answers in answered.items()
@@ -79,6 +88,10 @@ def run(options: argparse.Namespace) -> None:
         "differences": _differences(answered, items, verifiers(adapter)),
         "equal_tokens": _equal_tokens(answered, items, verifiers(adapter)),
         "pace": _pace(paced, verifiers(adapter)),
+        "cached": [
+            {"examples": shots, "prompt": prompt, "share": _share(answers)}
+            for shots, (prompt, answers) in shown.items()
+        ],
     }
     _show(figures)
     if options.json:
@@ -132,9 +145,18 @@ def _searches(name: str, answered: dict[str, Any]) -> list[str]:
 
 
 async def _measure(
-    base: str, items: list[Item], methods: dict[str, dict[str, Any]], options: argparse.Namespace
-) -> tuple[dict[str, list[Answered]], dict[str, list[Answered]]]:
-    """By method, of all items at once, and of some one at a time with the methods in turns."""
+    base: str,
+    items: list[Item],
+    methods: dict[str, dict[str, Any]],
+    verifiers: dict[str, Any],
+    options: argparse.Namespace,
+) -> tuple[
+    dict[str, list[Answered]], dict[str, list[Answered]], dict[int, tuple[float, list[Answered]]]
+]:
+    """By method, of all items at once, and of some one at a time with the methods in turns.
+
+    Then by number of worked examples: tokens of the prompt, and beam searches after them.
+    """
     places = {item.identity: at for at, item in enumerate(items)}
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
 
@@ -149,7 +171,14 @@ async def _measure(
                 seconds=time.monotonic() - began,
                 prompt=usage.get("engine_prompt_tokens", 0),
                 cached=usage.get("engine_cached_tokens", 0),
+                continued=usage.get("continuation_prompt_tokens", 0),
+                continued_cached=usage.get("continuation_cached_tokens", 0),
             )
+
+        async def length(messages: list[dict[str, str]]) -> int:
+            body = {"model": options.model, "messages": messages}
+            reply = await client.post("/tokenize", json=body)
+            return reply.raise_for_status().json()["count"]
 
         with bar() as progress:
             answered = {
@@ -164,13 +193,41 @@ async def _measure(
             }
             some = [item for one in FAMILIES for item in items if item.family == one]
             some = some[:: max(1, len(some) // (PACED * len(FAMILIES)))]
-            paced: dict[str, list[Answered]] = {method: [] for method in methods}
-            task = progress.add_task("one at a time", total=len(some) * len(methods))
+            timed = [name for name in methods if name.startswith("best-of-16")]
+            for name in verifiers:
+                timed += _searches(name, methods)
+            paced: dict[str, list[Answered]] = {method: [] for method in timed}
+            task = progress.add_task("one at a time", total=len(some) * len(paced))
             for item in some:
-                for method, fields in methods.items():
-                    paced[method].append(await ask(item, fields))
+                for method, answers in paced.items():
+                    answers.append(await ask(item, methods[method]))
                     progress.advance(task)
-    return answered, paced
+            shown: dict[int, tuple[float, list[Answered]]] = {}
+            task = progress.add_task("cached prompts", total=len(some) * len(SHOTS))
+            for shots in SHOTS:
+                asked = [_after(shots, item, options.seed) for item in some]
+                lengths = [float(await length(messages)) for messages in asked]
+                fields = methods["beam 4 x 4 by likelihood"]
+                shown[shots] = (mean(lengths), [])
+                for item, messages in zip(some, asked, strict=True):
+                    answer = await ask(item, fields | {"messages": messages})
+                    shown[shots][1].append(answer)
+                    progress.advance(task)
+    return answered, paced, shown
+
+
+def _after(shots: int, item: Item, seed: int) -> list[dict[str, str]]:
+    """A problem after worked examples of its family."""
+    rng = random.Random(seed)
+    worked = [draw(rng, held_out=False, family=item.family) for _ in range(shots)]
+    turns = [
+        turn for one in worked for turn in (("user", one.prompt), ("assistant", solution(one, rng)))
+    ]
+    return [{"role": role, "content": text} for role, text in (*turns, ("user", item.prompt))]
+
+
+def _share(answers: list[Answered]) -> float:
+    return sum(one.continued_cached for one in answers) / sum(one.continued for one in answers)
 
 
 def groups(items: list[Item]) -> list[tuple[str, list[int]]]:
@@ -329,6 +386,12 @@ def _show(figures: dict[str, Any]) -> None:
             f"{row['best_of_16_seconds']:.2f}",
         )
     console.print(pace)
+    cached = Table(title="Prompt tokens of continuations that were in the prefix cache, beam 4 x 4")
+    for heading in ("worked examples", "tokens of the prompt", "cached"):
+        cached.add_column(heading)
+    for row in figures["cached"]:
+        cached.add_row(str(row["examples"]), f"{row['prompt']:.0f}", f"{100 * row['share']:.1f} %")
+    console.print(cached)
 
 
 def _plot(figures: dict[str, Any], verifiers: dict[str, Any], path: str) -> None:

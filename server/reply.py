@@ -32,6 +32,8 @@ def mull_field(selection: Selection) -> JSON:
             "verifier_calls": usage.verifier_calls,
             "engine_prompt_tokens": usage.prompt,
             "engine_cached_tokens": usage.cached,
+            "continuation_prompt_tokens": usage.continued,
+            "continuation_cached_tokens": usage.continued_cached,
         },
     }
     if usage.consultations:

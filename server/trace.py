@@ -54,6 +54,9 @@ class Usage:
     """Prompt tokens that the engine worked on, over all its calls."""
     cached: int = 0
     """Those of them that came from the prefix cache."""
+    continued: int = 0
+    """Those of sequences that went on with another and ended by themselves."""
+    continued_cached: int = 0
     engine_calls: int = 0
     verifier_calls: int = 0
     """Those of them that a verifier made."""
@@ -148,6 +151,7 @@ class Trace:
         answer_cached = 0
         best = -1
         kept = discarded = aborted = verifier = prompt = cached = calls = reads = 0
+        continued = continued_cached = 0
         consulted = consulted_prompt = consultations = 0
         for _, event in reversed(self.events):
             match event:
@@ -159,6 +163,9 @@ class Trace:
                 case Sampled(candidate=candidate):
                     prompt += candidate.prompt_tokens
                     cached += candidate.cached_tokens
+                    if candidate.parent is not None:
+                        continued += candidate.prompt_tokens
+                        continued_cached += candidate.cached_tokens
                     if candidate.index == best:
                         answer_cached = candidate.cached_tokens
                     if candidate.index in returned:
@@ -190,6 +197,8 @@ class Trace:
             verifier=verifier,
             prompt=prompt,
             cached=cached,
+            continued=continued,
+            continued_cached=continued_cached,
             engine_calls=calls + reads,
             verifier_calls=reads,
             answer_cached=answer_cached,

@@ -51,6 +51,8 @@ def test_steps_make_whole_answers(client: httpx.Client, fields: dict[str, Any]):
     usage = found["mull"]["usage"]
     kept = len(PreTrainedTokenizerFast.from_pretrained(MULL_TINY)(found["text"]).input_ids) + 1
     assert usage["kept_tokens"] == kept
+    assert 0 < usage["continuation_cached_tokens"] < usage["continuation_prompt_tokens"]
+    assert usage["continuation_prompt_tokens"] < usage["engine_prompt_tokens"]
     hidden = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
     assert hidden == usage["discarded_tokens"] + usage["aborted_tokens"]
 
