@@ -6,7 +6,6 @@ prices: the family of problems that pretraining never saw, with replay of the ot
 """
 
 import argparse
-import json
 import random
 import time
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from finetune.adapter import Base, Manifest, publishing
 from finetune.tiny import loop, sampling
 from finetune.tiny import tokenizer as tokenizers
 from finetune.tiny.muon import Muon
@@ -41,9 +41,9 @@ class Recipe(ABC):
     warm_up: int = 10
     processes: int = 2
 
-    def manifest(self) -> dict[str, Any]:
-        """What the server is to know of the adapter."""
-        return {}
+    def judging(self) -> dict[str, Any] | None:
+        """How the server is to ask the adapter, if it judges."""
+        return None
 
     @abstractmethod
     def batches(
@@ -63,7 +63,7 @@ class Verifier(Recipe):
     made_up: float = 0.3
     """The share of attempts that are made up."""
 
-    def manifest(self) -> dict[str, Any]:
+    def judging(self) -> dict[str, Any]:
         """The labels, what they follow, and in whose turn the answer is read."""
         answers, verdicts = (f"{tokenizers.START}{role}\n" for role in ("assistant", "verifier"))
         return {
@@ -165,8 +165,17 @@ def _train(rank: int, recipe: Recipe, path: Path, out: Path) -> None:
     (done,) = deque(steps, maxlen=1)
     if rank == 0:
         adapted.peft_config["default"].base_model_name_or_path = path.name
-        adapted.save_pretrained(str(out))
-        (out / "mull.json").write_text(json.dumps(recipe.manifest(), indent=1) + "\n")
+        judging = recipe.judging()
+        manifest = Manifest(
+            kind="verifier" if judging else "policy",
+            base=Base.of(path, tokenizer),
+            judging=judging,
+            recipe=asdict(recipe),
+            compute={"tokens": done.tokens, "seconds": round(time.monotonic() - began, 1)},
+        )
+        with publishing(out) as folder:
+            adapted.save_pretrained(str(folder))
+            manifest.write(folder)
         print(
             f"{recipe}: {done.tokens / 1e6:.2f} M tokens, last loss {done.loss:.3f}, "
             f"{(time.monotonic() - began) / 60:.1f} min in all -> {out}"

@@ -18,7 +18,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from server.adapters import MANIFEST, read_manifest
+from server.adapters.manifest import MANIFEST, read_manifest
 from strategies.core.errors import EngineUnavailable, InvalidRequest
 from strategies.core.types import Candidate, Chunk, Generation, Labels, Turn
 
@@ -368,15 +368,16 @@ class Judges:
 
     def _read(self, name: str, folder: str) -> Labels:
         manifest = read_manifest(Path(folder))
-        if manifest is None or manifest.labels is None:
+        judging = None if manifest is None else manifest.judging
+        if judging is None:
             raise InvalidRequest(
-                f"adapter '{name}' does not judge: its {MANIFEST} names no labels",
+                f"adapter '{name}' does not judge: it has no {MANIFEST} that says how",
                 field="verifier.adapter",
             )
         tokenizer = self._tokenizer()
         good, bad = (
             tokenizer.convert_tokens_to_ids(token)
-            for token in (manifest.labels.good, manifest.labels.bad)
+            for token in (judging.labels.good, judging.labels.bad)
         )
         if None in (good, bad) or tokenizer.unk_token_id in (good, bad):
             raise InvalidRequest(
@@ -384,13 +385,13 @@ class Judges:
                 field="verifier.adapter",
             )
         opening = None
-        if manifest.opening is not None:
+        if judging.opening is not None:
             answers, verdicts = (
                 tuple(tokenizer.encode(text, add_special_tokens=False))
-                for text in (manifest.opening.answers, manifest.opening.verdicts)
+                for text in (judging.opening.answers, judging.opening.verdicts)
             )
             opening = (answers, verdicts)
-        return Labels(good=good, bad=bad, delimiter=manifest.delimiter, opening=opening)
+        return Labels(good=good, bad=bad, delimiter=judging.delimiter, opening=opening)
 
 
 def twin(piece: RequestOutput) -> RequestOutput:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters import MANIFEST, read_manifest
+from server.adapters.manifest import MANIFEST, read_manifest
 from server.verifiers.adapter_verifier import AdapterVerifier
 from strategies.core.budget import Limits
 from strategies.core.errors import BudgetSpent, InvalidRequest, VerifierFailed
@@ -149,19 +149,28 @@ async def test_an_adapter_may_read_answers_in_a_turn_of_its_own():
 def test_a_folder_says_what_its_adapter_is_for(tmp_path: Path):
     assert read_manifest(tmp_path) is None
     labels = {"good": "<|good|>", "bad": "<|bad|>"}
-    (tmp_path / MANIFEST).write_text(json.dumps({"labels": labels, "later": 1}))
+    said = {"schema_version": 1, "kind": "verifier", "judging": {"labels": labels}, "later": 1}
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
     manifest = read_manifest(tmp_path)
     assert manifest is not None
-    assert manifest.labels is not None
-    assert (manifest.labels.good, manifest.delimiter) == ("<|good|>", "\n")
-    assert manifest.opening is None
+    assert manifest.judging is not None
+    assert (manifest.judging.labels.good, manifest.judging.delimiter) == ("<|good|>", "\n")
+    assert manifest.judging.opening is None
     opening = {"answers": "<|im_start|>assistant\n", "verdicts": "<|im_start|>verifier\n"}
-    (tmp_path / MANIFEST).write_text(json.dumps({"labels": labels, "opening": opening}))
+    said["judging"] = {"labels": labels, "opening": opening}
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
     turned = read_manifest(tmp_path)
     assert turned is not None
-    assert turned.opening is not None
-    assert turned.opening.model_dump() == opening
-    for broken in ("{", '{"labels": {"good": "x"}}', " " * 70_000):
+    assert turned.judging is not None
+    assert turned.judging.opening is not None
+    assert turned.judging.opening.model_dump() == opening
+    policy = {"schema_version": 1, "kind": "policy"}
+    wrong = [
+        said | {"kind": "policy"},
+        policy | {"kind": "verifier"},
+        policy | {"schema_version": 2},
+    ]
+    for broken in ("{", *map(json.dumps, wrong), " " * 2_000_000):
         (tmp_path / MANIFEST).write_text(broken)
         with pytest.raises(InvalidRequest, match=MANIFEST):
             read_manifest(tmp_path)

@@ -1,0 +1,1 @@
+"""Adapters: what their folders say, what may be served, and which version a name means."""
