@@ -1,0 +1,272 @@
+"""Versions of adapters and the names that point at them, in a directory that servers share.
+
+`versions/NAME@DIGEST` is an adapter's folder and never changes; `aliases/ALIAS.json` says which
+versions a name means. The directory is the truth: what changes there is served by all servers that
+look at it. Knows no engine. Reads and writes files: not for the event loop.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from server.adapters.manifest import Manifest, read_manifest
+from strategies.core.errors import InvalidRequest, NotFound
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+_DIGITS = 12
+"""Of a digest, in a version's name."""
+_KEPT = 100
+"""Assignments of an alias that it can be rolled back to."""
+
+Shares = dict[str, float]
+"""By version, its share of an alias's requests."""
+
+
+class Rule(BaseModel):
+    """What one measure of an evaluation must show before an alias moves to a version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at_least: float | None = Field(default=None, description="No lower than this.")
+    lose_at_most: float | None = Field(
+        default=None, ge=0, description="No further below what the alias means now."
+    )
+
+
+Gate = Mapping[str, Rule]
+"""By measure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """An adapter that never changes."""
+
+    id: str
+    """`name@digest`."""
+    folder: Path
+    manifest: Manifest | None
+
+
+class Alias(BaseModel):
+    """A name, what it means now, and what it meant before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    history: list[Shares] = Field(min_length=1, max_length=_KEPT)
+    """The last is what it means."""
+
+    @field_validator("history")
+    @classmethod
+    def _shared_out(cls, history: list[Shares]) -> list[Shares]:
+        for shares in history:
+            if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+                raise ValueError("shares are above 0 and make 1 together")
+        return history
+
+    @property
+    def shares(self) -> Shares:
+        """What it means now."""
+        return self.history[-1]
+
+    def moved(self, shares: Shares) -> Self:
+        """The same with another meaning."""
+        return type(self)(history=[*self.history, shares][-_KEPT:])
+
+
+class Registry:
+    """A registry directory. Changes are atomic, also between servers; nothing is remembered."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._versions, self._aliases = root / "versions", root / "aliases"
+        for folder in (self._versions, self._aliases):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def incoming(self) -> Generator[Path]:
+        """A folder for an adapter that may become a version; gone after the block if it did not."""
+        folder = Path(mkdtemp(prefix=".incoming-", dir=self.root))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, name: str, folder: Path, digest: str) -> Version:
+        """Make a folder of `incoming` a version; the same files again are the same version.
+
+        Raises:
+            InvalidRequest: The name cannot be one.
+        """
+        if re.fullmatch(NAME, name) is None:
+            raise InvalidRequest(
+                "a name has 1 to 64 letters, digits and '._-', and begins with a letter or a digit",
+                field="name",
+            )
+        id = f"{name}@{digest[:_DIGITS]}"
+        with self._locked():
+            if not (self._versions / id).exists():
+                folder.chmod(0o755)
+                os.rename(folder, self._versions / id)
+        return self.version(id)
+
+    def version(self, id: str) -> Version:
+        """A version by its name.
+
+        Raises:
+            NotFound: There is none.
+        """
+        folder = self._versions / id
+        if re.fullmatch(f"{NAME}@[0-9a-f]{{{_DIGITS}}}", id) is None or not folder.is_dir():
+            raise NotFound(f"there is no adapter '{id[:200]}'")
+        return Version(id=id, folder=folder, manifest=read_manifest(folder))
+
+    def versions(self) -> list[Version]:
+        """All of them, by name."""
+        return [self.version(folder.name) for folder in sorted(self._versions.iterdir())]
+
+    def remove(self, id: str) -> None:
+        """Delete a version.
+
+        Raises:
+            NotFound: There is none.
+            InvalidRequest: An alias means it.
+        """
+        with self._locked():
+            folder = self.version(id).folder
+            for name, alias in self.aliases().items():
+                if id in alias.shares:
+                    raise InvalidRequest(f"alias '{name}' means '{id}': move it first", field="id")
+            gone = Path(mkdtemp(prefix=".gone-", dir=self.root))
+            os.rename(folder, gone / "version")
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def aliases(self) -> dict[str, Alias]:
+        """All of them, by name."""
+        return {path.stem: self.alias(path.stem) for path in sorted(self._aliases.glob("*.json"))}
+
+    def alias(self, name: str) -> Alias:
+        """An alias by its name.
+
+        Raises:
+            NotFound: There is none.
+            InvalidRequest: Its file is damaged.
+        """
+        if re.fullmatch(NAME, name) is None:
+            raise NotFound(f"there is no alias '{name[:200]}'")
+        path = self._aliases / f"{name}.json"
+        try:
+            return Alias.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise NotFound(f"there is no alias '{name}'") from None
+        except (OSError, ValidationError) as error:
+            raise InvalidRequest(f"alias '{name}' is damaged: {error}", field="alias") from error
+
+    def point(self, name: str, shares: Shares, gate: Gate) -> Alias:
+        """Let an alias mean these versions from now on, if they pass the gate.
+
+        Raises:
+            InvalidRequest: A version does not pass, or the shares are none.
+            NotFound: There is no such version.
+        """
+        if re.fullmatch(NAME, name) is None:
+            raise InvalidRequest("an alias is called as adapters are", field="alias")
+        with self._locked():
+            before: Alias | None
+            try:
+                before = self.alias(name)
+            except NotFound:
+                before = None
+            for id in shares:
+                self._pass(self.version(id), before, gate)
+            try:
+                after = Alias(history=[shares]) if before is None else before.moved(shares)
+            except ValidationError as error:
+                raise InvalidRequest(error.errors()[0]["msg"], field="versions") from None
+            self._write(name, after)
+        return after
+
+    def roll_back(self, name: str) -> Alias:
+        """Let an alias mean what it meant before.
+
+        Raises:
+            NotFound: There is none.
+            InvalidRequest: It never meant anything else, or that is no longer there.
+        """
+        with self._locked():
+            now = self.alias(name)
+            if len(now.history) == 1:
+                raise InvalidRequest(f"alias '{name}' never meant anything else", field="alias")
+            before = Alias(history=now.history[:-1])
+            for id in before.shares:
+                try:
+                    self.version(id)
+                except NotFound:
+                    raise InvalidRequest(
+                        f"alias '{name}' meant '{id}', which is no longer there", field="alias"
+                    ) from None
+            self._write(name, before)
+        return before
+
+    def drop(self, name: str) -> None:
+        """Forget an alias.
+
+        Raises:
+            NotFound: There is none.
+        """
+        with self._locked():
+            self.alias(name)
+            (self._aliases / f"{name}.json").unlink()
+
+    def stamp(self) -> tuple[tuple[str, int, int], ...]:
+        """What is there, in short: another value after every change."""
+        with os.scandir(self._aliases) as aliases, os.scandir(self._versions) as versions:
+            entries = [(entry.path, entry.stat()) for entry in (*aliases, *versions)]
+        return tuple(sorted((path, at.st_ino, at.st_mtime_ns) for path, at in entries))
+
+    def _pass(self, version: Version, before: Alias | None, gate: Gate) -> None:
+        if before is not None and version.id in before.shares:
+            return  # what is served may go on being served
+        shown = {} if version.manifest is None else version.manifest.evaluation
+        for measure, rule in gate.items():
+            worth = shown.get(measure)
+            if worth is None:
+                raise InvalidRequest(
+                    f"'{version.id}' does not pass the gate: its manifest has no '{measure}'",
+                    field="versions",
+                )
+            least = [] if rule.at_least is None else [rule.at_least]
+            if rule.lose_at_most is not None and before is not None:
+                served = [self.version(id).manifest for id in before.shares]
+                known = [one.evaluation.get(measure) for one in served if one is not None]
+                least += [one - rule.lose_at_most for one in known if one is not None]
+            if least and worth < max(least):
+                raise InvalidRequest(
+                    f"'{version.id}' does not pass the gate: its '{measure}' is {worth:g}, and "
+                    f"{max(least):g} is the least",
+                    field="versions",
+                )
+
+    def _write(self, name: str, alias: Alias) -> None:
+        path = self._aliases / f"{name}.json"
+        draft = self.root / f".{name}.json"  # the lock is held: there is one
+        with draft.open("w") as file:
+            file.write(alias.model_dump_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+
+    @contextmanager
+    def _locked(self) -> Generator[None]:
+        """One change at a time, over all servers."""
+        with (self.root / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
