@@ -11,15 +11,19 @@ from strategies.core.errors import (
     BudgetSpent,
     Busy,
     EngineUnavailable,
+    Forbidden,
     InvalidRequest,
     MullError,
     NoCandidate,
     NotFound,
+    Unauthorized,
     VerifierFailed,
 )
 
 _STATUS: dict[type[MullError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
+    Unauthorized: (401, "authentication_error"),
+    Forbidden: (403, "permission_error"),
     NotFound: (404, "not_found"),
     NoCandidate: (422, "budget_exhausted"),
     BudgetSpent: (422, "budget_exhausted"),

@@ -10,6 +10,7 @@ TOKENS = Counter("mull_tokens", "Generated tokens by fate.", ["strategy", "fate"
 PROMPT_TOKENS = Counter("mull_prompt_tokens", "Prompt tokens of all engine calls.", ["strategy"])
 CALLS = Counter("mull_engine_calls", "Sequences asked of the engine.", ["strategy"])
 SECONDS = Histogram("mull_run_seconds", "Wall time of strategy requests.", ["strategy"])
+ALIASED = Counter("mull_adapter_requests", "Requests by alias.", ["alias", "version"])
 RUNNING = Gauge("mull_running_requests", "Strategy requests that search now.")
 CANDIDATES = Gauge("mull_running_candidates", "Candidates that run now.")
 

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, aclosing
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.adapters.binding import Names, bound
 from server.errors import reply_to
 from server.reply import exact, mull_field, usage_of
 from server.run import Selection
@@ -26,55 +27,82 @@ class Choosing:
     """ASGI middleware. A request that names no strategy passes through byte for byte."""
 
     def __init__(
-        self, app: ASGIApp, *, models: Callable[[], Collection[str]], settings: Settings
+        self,
+        app: ASGIApp,
+        *,
+        models: Callable[[], Collection[str]],
+        names: Callable[[], Names | None],
+        settings: Settings,
     ) -> None:
         self._app = app
         self._models = models
+        self._names = names
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         path = scope.get("path", "")
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in ENDPOINTS + MANY:
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in _READ:
             await self._app(scope, receive, send)
             return
-        try:
-            raw = await body_of(receive, self._settings.max_body_bytes)
-            if raw is None:
-                return  # the client left before it had said everything
-            body, changed, selection = _object(raw), None, None
-            if body is not None:
-                headers = Headers(scope=scope)
-                changed, selection = choose(body, self._models(), headers, path, self._settings)
-        except MullError as error:
-            await reply_to(error)(scope, receive, send)
-            return
-        if selection is None or changed is None:
-            await self._app(scope, _replay(raw, receive), send)
-            return
-        raw = json.dumps(changed).encode()
-        headers = MutableHeaders(raw=list(scope["headers"]))
-        headers["content-length"] = str(len(raw))
+        async with AsyncExitStack() as stack:
+            selection: Selection | None = None
+            try:
+                raw = await body_of(receive, self._settings.max_body_bytes)
+                if raw is None:
+                    return  # the client left before it had said everything
+                asked = body = _object(raw)
+                if body is not None:
+                    headers, names, chosen = Headers(scope=scope), self._names(), body
+                    if names is not None:
+                        await names.look()
+                    if path not in _NAMING:
+                        chosen, selection = choose(
+                            body, self._models(), headers, path, self._settings
+                        )
+                    asked = await stack.enter_async_context(bound(names, chosen, selection))
+            except MullError as error:
+                await reply_to(error)(scope, receive, send)
+                return
+            if asked is not body:
+                raw = json.dumps(asked).encode()
+                changed = MutableHeaders(raw=list(scope["headers"]))
+                changed["content-length"] = str(len(raw))
+                scope = {**scope, "headers": changed.raw}
+            replayed = _replay(raw, receive)
+            if asked is None or selection is None:
+                await self._app(scope, replayed, send)
+            else:
+                await self._search(scope, replayed, send, asked, selection)
+
+    async def _search(
+        self, scope: Scope, receive: Receive, send: Send, asked: JSON, selection: Selection
+    ) -> None:
+        """Let vLLM answer by the strategy, and complete what it says."""
         completing = _Completing(
             send,
             selection,
             heartbeat_seconds=self._settings.heartbeat_seconds,
-            several=changed.get("n") not in (None, 1),
+            several=asked.get("n") not in (None, 1),
         )
         token = SELECTION.set(selection)
         try:
             async with AsyncExitStack() as stack:
-                if changed.get("stream"):
+                if asked.get("stream"):
                     await stack.enter_async_context(Background(completing.beat()))
                     if selection.trace == "full":
-                        narrating = completing.narrate(changed.get("model"), _CHUNKS[path])
+                        kind = _CHUNKS[scope["path"]]
+                        narrating = completing.narrate(asked.get("model"), kind)
                         await stack.enter_async_context(Background(narrating))
-                await self._app(
-                    {**scope, "headers": headers.raw}, _replay(raw, receive), completing
-                )
+                await self._app(scope, receive, completing)
         finally:
             SELECTION.reset(token)
 
+
+_NAMING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+"""Endpoints that name a model and generate nothing."""
+
+_READ = (*ENDPOINTS, *MANY, *_NAMING)
 
 _CHUNKS = {
     "/v1/chat/completions": "chat.completion.chunk",

@@ -36,6 +36,8 @@ def mull_field(selection: Selection) -> JSON:
             "continuation_cached_tokens": usage.continued_cached,
         },
     }
+    if selection.versions:
+        field["adapters"] = dict(selection.versions)
     if usage.consultations:
         field["endpoints"] = {
             "calls": usage.consultations,

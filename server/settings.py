@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from server.adapters.registry import Rule
 from server.endpoints import Endpoint
 from server.verifiers.catalogue import Allowed, resolve
 from server.wire import as_object
@@ -30,7 +39,7 @@ class Preset(BaseModel):
 class Settings(BaseModel):
     """What an operator may set: in the YAML file that MULL_CONFIG names, or as MULL_<NAME>.
 
-    The environment wins. Presets, endpoints and limits are for the file only.
+    The environment wins. Presets, endpoints, limits and the gate are for the file only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +64,22 @@ class Settings(BaseModel):
     )
     run_code: bool = Field(
         default=False, description="Let the verifier `unit_tests` run candidates' code, locked up."
+    )
+    adapters: Path | None = Field(
+        default=None, description="The registry of adapters; a directory that servers may share."
+    )
+    adapter_imports: Path | None = Field(
+        default=None, description="The directory that adapters may be taken in from."
+    )
+    max_adapter_bytes: int = Field(
+        default=2 << 30, ge=1, description="Largest file of weights that is taken in."
+    )
+    admin_key: SecretStr | None = Field(
+        default=None, description="Who sends it may change adapters; unset: nobody."
+    )
+    adapter_gate: dict[str, Rule] = Field(
+        default_factory=dict[str, Rule],
+        description="By measure of an evaluation, what an alias demands of a version.",
     )
     limits: Limits = Field(default=Limits(), description="No request's budget is larger.")
     endpoints: dict[str, Endpoint] = Field(
@@ -99,7 +124,7 @@ class Settings(BaseModel):
         """
         path = os.environ.get("MULL_CONFIG")
         found = _file(Path(path)) if path else {}
-        scalars = cls.model_fields.keys() - {"limits", "presets", "endpoints"}
+        scalars = cls.model_fields.keys() - {"limits", "presets", "endpoints", "adapter_gate"}
         names = {name: os.environ.get(f"MULL_{name.upper()}") for name in scalars}
         given = {name: value for name, value in names.items() if value is not None}
         try:

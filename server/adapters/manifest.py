@@ -98,3 +98,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.model_validate_json(path.read_text())
     except (OSError, ValueError, ValidationError) as error:
         raise InvalidRequest(f"{path.name} of adapter '{folder.name}': {error}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Into a folder that has none."""
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")

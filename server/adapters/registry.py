@@ -100,8 +100,10 @@ class Registry:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, name: str, folder: Path, digest: str) -> Version:
-        """Make a folder of `incoming` a version; the same files again are the same version.
+    def publish(self, name: str, folder: Path, digest: str) -> tuple[Version, bool]:
+        """Make a folder of `incoming` a version, and say whether it is a new one.
+
+        The same files under the same name are the same version.
 
         Raises:
             InvalidRequest: The name cannot be one.
@@ -113,10 +115,11 @@ class Registry:
             )
         id = f"{name}@{digest[:_DIGITS]}"
         with self._locked():
-            if not (self._versions / id).exists():
+            new = not (self._versions / id).exists()
+            if new:
                 folder.chmod(0o755)
                 os.rename(folder, self._versions / id)
-        return self.version(id)
+        return self.version(id), new
 
     def version(self, id: str) -> Version:
         """A version by its name.

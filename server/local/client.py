@@ -73,10 +73,11 @@ class Reasoner:
             selection = from_xargs(sampling_params.extra_args, self._settings)
         if selection is None:
             return self._client.generate(prompt, sampling_params, request_id, **options)
+        versions = selection.versions
         for name in adapters(selection.verifier):
-            self._client.judges.labels(name)  # it is there and judges, or this raises
+            self._client.judges.labels(versions.get(name, name))  # it is there and judges
         for name in talkers(selection.verifier):
-            self._adapter(name)
+            self._adapter(versions.get(name, name))
         self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked, _problem(asked, selection))
@@ -90,7 +91,14 @@ class Reasoner:
         """
         streaming = asked.params.output_kind is RequestOutputKind.DELTA and problem.answers == 1
         name = f"run-{uuid.uuid4().hex}"
-        engine = LocalEngine(self._client, asked, self._adapter, name=name, pieces=streaming)
+        engine = LocalEngine(
+            self._client,
+            asked,
+            self._adapter,
+            name=name,
+            pieces=streaming,
+            versions=selection.versions,
+        )
         heard: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
         committed: int | None = None
 

@@ -23,6 +23,12 @@ _ALWAYS = {
     "uvicorn_log_level": "warning",
     "disable_uvicorn_access_log": True,
 }
+_ADAPTERS = {
+    "enable_lora": True,
+    "max_loras": 4,  # in one batch; with one, a search and its verifier would take turns
+    "max_cpu_loras": 32,
+}
+"""With a registry of adapters."""
 _CPU = {
     "block_size": 32,  # with vLLM's 128, a short prompt never fills a block of the prefix cache
     "worker_extension_cls": "server.local.cpu.Guard",
@@ -43,9 +49,11 @@ def environment(given: list[str]) -> None:
     prepare_vllm(cpu=on_cpu(), single_worker=not names & _PARALLEL)
 
 
-def flags(parser: ArgumentParser) -> None:
+def flags(parser: ArgumentParser, *, adapters: bool) -> None:
     """Make Mull's defaults those of vLLM's parser; without a model, that is the embedded one."""
     parser.set_defaults(**_ALWAYS)
+    if adapters:
+        parser.set_defaults(**_ADAPTERS)
     if on_cpu():
         parser.set_defaults(**_CPU)
         if not has_bfloat16():

@@ -4,7 +4,7 @@ One sequence a call, token ids in and out, aborted when its reader leaves.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -65,15 +65,18 @@ class LocalEngine:
         *,
         name: str,
         pieces: bool,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         """`name` is unique to the run; with `pieces` every token is told at once.
 
-        Without, a sequence comes whole, which costs this process a fraction of the time.
+        `versions` are what the names of adapters mean in this run. Without `pieces`, a sequence
+        comes whole, which costs this process a fraction of the time.
         """
         self._client = client
         self._asked = asked
         self._adapter = adapter
         self._name = name
+        self._versions = versions or {}
         self._kind = RequestOutputKind.DELTA if pieces else RequestOutputKind.FINAL_ONLY
         self._ended: set[int] = set()
         self._prompt_ids = tuple(cast(list[int], asked.prompt.get("prompt_token_ids")))
@@ -115,7 +118,7 @@ class LocalEngine:
         options = dict(self._asked.options)
         options["priority"] = options.get("priority", 0) + generation.priority
         if generation.adapter is not None:
-            options["lora_request"] = self._adapter(generation.adapter)
+            options["lora_request"] = self._adapter(self._version(generation.adapter))
         name = f"{self._name}-{generation.index}"
         sequence = self._client.generate(prompt, params, name, **options)
         try:
@@ -178,7 +181,10 @@ class LocalEngine:
 
     def labels(self, adapter: str) -> Labels:
         """See `Engine.labels`."""
-        return self._client.judges.labels(adapter)
+        return self._client.judges.labels(self._version(adapter))
+
+    def _version(self, adapter: str) -> str:
+        return self._versions.get(adapter, adapter)
 
     @property
     def longest(self) -> int:

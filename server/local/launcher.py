@@ -56,13 +56,13 @@ _REFUSED = ("headless", "api_server_count", "grpc", "enable_ssl_refresh")
 """Flags of vLLM's launcher that ask for other processes than this one starts."""
 
 
-def parse(argv: list[str]) -> Namespace:
+def parse(argv: list[str], settings: Settings) -> Namespace:
     """Read vLLM's arguments with vLLM's parser; it exits with a message where they are wrong."""
     parser = FlexibleArgumentParser(
         prog="mull serve", description="Serve a model as a reasoning server."
     )
     parser = make_arg_parser(parser)
-    defaults.flags(parser)
+    defaults.flags(parser, adapters=settings.adapters is not None)
     args = cast(Namespace, parser.parse_args(argv))
     if args.model_tag is None and args.model == str(MULL_TINY):
         defaults.embedded_flags(parser)

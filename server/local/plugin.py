@@ -16,14 +16,16 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server import metrics
+from server.adapters.registry import Registry
 from server.admission import Admission
 from server.endpoints import Endpoints
 from server.errors import handle, nearest, reply_to
+from server.local.adapters import Adapters, Base
 from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
 from server.local.engine import Client, Judges, Vocabulary
 from server.middleware import Choosing
-from server.routes import models, traces, verify
+from server.routes import adapters, models, traces, verify
 from server.routes import strategies as routes
 from server.settings import Settings
 from server.store import Store
@@ -40,17 +42,21 @@ class Plugin:
     def __init__(self) -> None:
         self._settings = Settings.read()
         self._state: State | None = None
+        self._adapters: Adapters | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes, errors and the choosing middleware on vLLM's app."""
         app.include_router(routes.router)
         app.include_router(traces.router)
         app.include_router(verify.router)
-        if self._settings.presets:
+        app.include_router(adapters.router)
+        if self._settings.presets or self._settings.adapters:
             app.include_router(models.router)
         app.add_exception_handler(MullError, handle)
         app.add_exception_handler(EngineDeadError, _engine_died)
-        app.add_middleware(Choosing, models=self.models, settings=self._settings)
+        app.add_middleware(
+            Choosing, models=self.models, names=lambda: self._adapters, settings=self._settings
+        )
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -73,6 +79,7 @@ class Plugin:
             if serving is not None:
                 teach(serving, make)
         engine: Any = engine_client
+        self._adapters = state.adapters = self._registered(engine, state)
         admission = Admission(
             requests=self._settings.max_running_requests,
             candidates=self._settings.max_running_candidates
@@ -102,7 +109,27 @@ class Plugin:
         if self._state is None:
             return set()
         served = self._state.openai_serving_models
-        return {model.name for model in served.base_model_paths} | set(served.lora_requests)
+        names = {model.name for model in served.base_model_paths} | set(served.lora_requests)
+        return names if self._adapters is None else names | self._adapters.names
+
+    def _registered(self, engine: Any, state: State) -> Adapters | None:
+        settings, config = self._settings, engine.vllm_config
+        if settings.adapters is None:
+            return None
+        if config.lora_config is None:
+            raise ValueError("MULL_ADAPTERS needs --enable-lora")
+        chat = state.openai_serving_chat
+        template = None if chat is None else chat.chat_template
+        return Adapters(
+            engine=engine,
+            generate=engine.generate,
+            models=state.openai_serving_models,
+            base=Base.find(config.model_config.model, engine.get_tokenizer, template),
+            registry=Registry(settings.adapters),
+            imports=settings.adapter_imports,
+            gate=settings.adapter_gate,
+            most_bytes=settings.max_adapter_bytes,
+        )
 
     def _adapter(self, name: str) -> LoRARequest:
         known: dict[str, LoRARequest] = (

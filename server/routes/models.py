@@ -1,4 +1,4 @@
-"""`/v1/models` with the presets: who can only pick a model can pick a strategy."""
+"""`/v1/models` with adapters and presets: who can only pick a model can pick a strategy."""
 
 from typing import Any
 
@@ -9,9 +9,16 @@ router = APIRouter(tags=["mull"])
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """VLLM's models, and after them each with each preset."""
+    """VLLM's models and the registry's adapters, and after them each with each preset."""
     state = request.app.state
     served = (await state.openai_serving_models.show_available_models()).model_dump()
+    if state.adapters is not None:
+        await state.adapters.look()
+        base, shown = served["data"][0], {card["id"] for card in served["data"]}
+        served["data"] += [
+            base | {"id": name, "root": name, "parent": base["id"]}
+            for name in sorted(state.adapters.names - shown)
+        ]
     served["data"] += [
         card
         | {"id": f"{card['id']}:{name}", "parent": card["id"]}

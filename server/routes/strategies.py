@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from server.adapters.binding import bound
 from server.errors import nearest
 from server.reply import exact, native
 from server.run import Selection
@@ -121,6 +122,9 @@ async def solve(kind: str, request: Request) -> Response:
             f"{nearest(unknown, known)}",
             field=unknown,
         )
+    names = state.adapters
+    if names is not None:
+        await names.look()
     asked, selection = choose(
         rest | {"strategy": strategy.model_dump(mode="json", exclude_unset=True)},
         state.served(),
@@ -129,13 +133,13 @@ async def solve(kind: str, request: Request) -> Response:
         state.settings,
     )
     assert selection is not None
+    if streamed:
+        events = _events(chat, asked, request, selection)
+        return EventStream(events, heartbeat_seconds=state.settings.heartbeat_seconds)
     token = SELECTION.set(selection)
     try:
-        if streamed:
-            events = _events(chat, asked, request, selection)
-            heartbeat_seconds = state.settings.heartbeat_seconds
-            return EventStream(events, heartbeat_seconds=heartbeat_seconds)
-        reply = await chat.complete(asked, request, watch=True)
+        async with bound(names, asked, selection) as asked:
+            reply = await chat.complete(asked, request, watch=True)
     finally:
         SELECTION.reset(token)
     if isinstance(reply, Response):
@@ -147,17 +151,18 @@ async def _events(
     chat: Any, asked: JSON, request: Request, selection: Selection
 ) -> AsyncGenerator[bytes, None]:
     """What happens, and then the reply as `result`."""
-    token = SELECTION.set(selection)  # a generator runs in the context of whoever iterates it
-    completing = Background(chat.complete(asked, request, watch=False))
-    async with completing as reply, Background(selection.begun.wait()) as begun:
-        SELECTION.reset(token)
-        await asyncio.wait({reply, begun}, return_when=asyncio.FIRST_COMPLETED)
-        for run in selection.runs:
-            async with aclosing(run.trace.follow()) as happening:
-                async for timed in happening:
-                    said = told(timed)
-                    yield event(said["event"], said)
-        whole = await reply
+    async with bound(request.app.state.adapters, asked, selection) as asked:
+        token = SELECTION.set(selection)  # a generator runs in the context of whoever iterates it
+        completing = Background(chat.complete(asked, request, watch=False))
+        async with completing as reply, Background(selection.begun.wait()) as begun:
+            SELECTION.reset(token)
+            await asyncio.wait({reply, begun}, return_when=asyncio.FIRST_COMPLETED)
+            for run in selection.runs:
+                async with aclosing(run.trace.follow()) as happening:
+                    async for timed in happening:
+                        said = told(timed)
+                        yield event(said["event"], said)
+            whole = await reply
     if isinstance(whole, Response):
         raise Refused(whole)
     yield event("result", _told(whole, selection))

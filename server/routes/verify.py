@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse, Response
 
+from server.adapters.binding import bound
 from server.errors import refusal
 from server.selection import SELECTION, owner, select
 from server.wire import JSON, body_of
@@ -74,7 +75,8 @@ async def verify(request: Request) -> Response:
     selection.owner = owner(request.headers)
     token = SELECTION.set(selection)
     try:
-        reply = await state.chat.complete(body, request, watch=True)
+        async with bound(state.adapters, body, selection) as body:
+            reply = await state.chat.complete(body, request, watch=True)
     finally:
         SELECTION.reset(token)
     if isinstance(reply, Response):

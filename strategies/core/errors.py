@@ -43,5 +43,13 @@ class Busy(MullError):
         self.seconds = seconds
 
 
+class Unauthorized(MullError):
+    """A key is missing, or is the wrong one."""
+
+
+class Forbidden(MullError):
+    """Nobody may do this here."""
+
+
 class NotFound(MullError):
     """There is no such thing, or it belongs to somebody else."""

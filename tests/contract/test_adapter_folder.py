@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from finetune.adapter import Base, Manifest, publishing
 from models import MULL_TINY
-from server.adapters.manifest import MANIFEST, read_manifest
+from server.adapters.manifest import MANIFEST, Trained, read_manifest
 
 JUDGING = {
     "labels": {"good": "<|good|>", "bad": "<|bad|>"},
@@ -38,6 +38,27 @@ def test_the_server_reads_what_training_wrote(base: Base, judging: dict | None, 
     read = read_manifest(tmp_path)
     assert read is not None
     assert read.model_dump() == {"schema_version": 1} | asdict(written)
+
+
+def test_the_server_knows_the_model_that_was_trained(base: Base):
+    from server.local.adapters import Base as Served
+
+    tokenizer = AutoTokenizer.from_pretrained(MULL_TINY)
+    served = Served.find(str(MULL_TINY), lambda: tokenizer, None)
+    assert served.differs(Trained.model_validate(asdict(base))) is None
+    assert served.differs(Trained()) is None  # nothing is known, nothing is compared
+    for part, words in (
+        ("weights", "weights"),
+        ("tokenizer", "tokenizer"),
+        ("chat_template", "chat template"),
+    ):
+        other = asdict(base) | {part: "0" * 64}
+        assert served.differs(Trained.model_validate(other)) == words
+    other = Served.find(str(MULL_TINY), lambda: tokenizer, "another template")
+    assert other.differs(Trained.model_validate(asdict(base))) == "chat template"
+    missing = Served.find("nobody/nothing", lambda: tokenizer, None)
+    assert missing.folder is None
+    assert missing.differs(Trained.model_validate(asdict(base))) is None
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):

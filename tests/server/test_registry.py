@@ -22,7 +22,7 @@ def published(registry: Registry, name: str, weights: str, **evaluation: float) 
         (folder / "weights").write_text(weights)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         digest = sha256((weights + json.dumps(manifest)).encode()).hexdigest()
-        return registry.publish(name, folder, digest)
+        return registry.publish(name, folder, digest)[0]
 
 
 def test_a_version_is_named_by_its_content(registry: Registry):

@@ -1,0 +1,117 @@
+"""Which versions the engine holds: loaded when first needed, dropped when idle and others wait."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from server.adapters.registry import Version
+from strategies.core.errors import Busy
+
+
+@dataclass(slots=True)
+class _Slot:
+    users: int = 0
+    retired: bool = False
+    """Whether it goes as soon as nobody uses it."""
+
+
+class Residents:
+    """At most so many versions in the engine; those in use stay, then the last used.
+
+    `load` and `unload` are told versions, one at a time. A version that is loaded again after it
+    was unloaded is another adapter to the engine.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Version], Awaitable[None]],
+        unload: Callable[[str], Awaitable[None]],
+        *,
+        most: int,
+    ) -> None:
+        self._load = load
+        self._unload = unload
+        self._most = most
+        self._slots: OrderedDict[str, _Slot] = OrderedDict()
+        """By version, the last used at the end."""
+        self._meant: frozenset[str] = frozenset()
+        self._changing = asyncio.Lock()
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._slots
+
+    @property
+    def in_use(self) -> dict[str, int]:
+        """By version, how many use it."""
+        return {id: slot.users for id, slot in self._slots.items() if slot.users}
+
+    @asynccontextmanager
+    async def hold(self, version: Version) -> AsyncGenerator[None]:
+        """Have a version in the engine while the block lasts.
+
+        Raises:
+            Busy: As many others are in use as there may be.
+        """
+        if version.id not in self._slots:
+            async with self._changing:
+                if version.id not in self._slots:
+                    await self._make_room()
+                    await self._load(version)
+                    self._slots[version.id] = _Slot()
+                slot = self._take(version.id)
+        else:
+            slot = self._take(version.id)
+        try:
+            yield
+        finally:
+            slot.users -= 1
+
+    def _take(self, id: str) -> _Slot:
+        """Without awaiting, so that it cannot go between."""
+        slot = self._slots[id]
+        slot.users += 1
+        self._slots.move_to_end(id)
+        return slot
+
+    def mean(self, ids: Collection[str]) -> None:
+        """The versions that names mean now; those that they meant until now go once drained."""
+        for id, slot in self._slots.items():
+            slot.retired = id not in ids and (slot.retired or id in self._meant)
+        self._meant = frozenset(ids)
+
+    async def sweep(self) -> None:
+        """Drop what is retired and idle."""
+        async with self._changing:
+            for id in [id for id, slot in self._slots.items() if slot.retired and not slot.users]:
+                await self._drop(id)
+
+    async def drop(self, id: str) -> None:
+        """Drop a version that is going to be deleted.
+
+        Raises:
+            Busy: It is in use.
+        """
+        async with self._changing:
+            slot = self._slots.get(id)
+            if slot is not None and slot.users:
+                raise Busy(f"'{id}' is in use by {slot.users} requests", seconds=1)
+            if slot is not None:
+                await self._drop(id)
+
+    async def _make_room(self) -> None:
+        while len(self._slots) >= self._most:
+            idle = next((id for id, slot in self._slots.items() if not slot.users), None)
+            if idle is None:
+                raise Busy(
+                    f"{self._most} adapters are in use, and the engine holds no more "
+                    "(--max-cpu-loras)",
+                    seconds=1,
+                )
+            await self._drop(idle)
+
+    async def _drop(self, id: str) -> None:
+        if not self._slots[id].users:
+            del self._slots[id]  # first, so that nobody takes it while it goes
+            await self._unload(id)
