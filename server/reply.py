@@ -47,6 +47,7 @@ def mull_field(selection: Selection) -> JSON:
     if run.outcome is not None:
         field |= {
             "answer": run.outcome.chosen.answer,
+            **({} if run.outcome.chosen.model is None else {"model": run.outcome.chosen.model}),
             "answers": [one.answer for one in run.outcome.ranked],
             "stopped": run.outcome.stopped,
             "candidates": len(run.outcome.candidates),
@@ -130,7 +131,7 @@ def _candidate(candidate: Candidate, run: Run) -> JSON:
         "answer": candidate.answer,
         "score": run.outcome.scores.get(candidate.index),
         "finish_reason": candidate.finish_reason,
-    }
+    } | ({} if candidate.model is None else {"model": candidate.model})
 
 
 def summary(run: Run) -> JSON:

@@ -91,7 +91,7 @@ class Selection:
     user: str | None = None
     """Whom the client says it asks for; it stands in the trace."""
     versions: dict[str, str] = field(default_factory=dict[str, str])
-    """By the name of a verifier's adapter, the version that serves this request."""
+    """By the name of an adapter in the strategy, the version that serves this request."""
     read: Reader | None = None
     """How the model's server tells reasoning and tool calls from the answer."""
     runs: list[Run] = field(default_factory=list[Run])

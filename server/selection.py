@@ -234,7 +234,7 @@ def select(
     if (
         isinstance(verifier, Ensemble | Judge)
         and verifier.relative
-        and not strategy.judges_together
+        and not strategy.judges_together()
     ):
         raise InvalidRequest(
             f"{strategy.kind} does not judge all answers at once, so they cannot be compared with "

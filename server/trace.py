@@ -219,6 +219,7 @@ def told(timed: Timed) -> dict[str, Any]:
         case Sampled(candidate=candidate) | Proposed(candidate=candidate):
             said |= {"index": candidate.index, "answer": candidate.answer}
             said |= {"tokens": candidate.drawn, "finish_reason": candidate.finish_reason}
+            said |= {} if candidate.model is None else {"model": candidate.model}
             if candidate.parent is not None or candidate.finish_reason == "step":
                 said |= {"parent": candidate.parent, "text": candidate.text}
         case Scored():

@@ -2,18 +2,21 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from math import log
-from typing import ClassVar, Literal, Self
+from math import ceil, log
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from strategies.core.context import Context
-from strategies.core.errors import BudgetSpent
+from strategies.core.bandit import Bandit
+from strategies.core.context import Context, Draw
+from strategies.core.errors import BudgetSpent, NoCandidate
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.core.vote import Tally
 
 Select = Literal["max", "weighted"]
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 class BestOfN(Strategy, frozen=True):
@@ -25,14 +28,15 @@ class BestOfN(Strategy, frozen=True):
     says by itself, and so gives an over-trusted verifier less to spoil (soft best-of-n, Verdun et
     al. 2025, arXiv:2505.03156). A sample that a limit cut short wins only if no other ended by
     itself. Ties go to the earliest sample.
+
+    With `models`, samples come from several adapters in one batch, in rounds: in the first each has
+    two, then more come from those whose samples scored higher (Thompson sampling).
     """
 
-    cost: ClassVar[str] = "n samples and one batched verification"
+    cost: ClassVar[str] = "n samples, each judged once; with models, in up to five rounds"
     paper: ClassVar[str] = (
         "Cobbe et al. 2021, Training Verifiers to Solve Math Word Problems, arXiv:2110.14168"
     )
-
-    judges_together: ClassVar[bool] = True
 
     kind: Literal["best_of_n"] = "best_of_n"
     n: int = Field(default=8, ge=1, le=256, description="Samples to draw.")
@@ -49,16 +53,31 @@ class BestOfN(Strategy, frozen=True):
         default=VerifierChoice(kind="likelihood"),
         description="Who judges: a kind from GET /v1/verifiers, or an object with its parameters.",
     )
+    models: tuple[Name, ...] = Field(
+        default=(),
+        max_length=8,
+        description="Adapters or aliases, and the base by its name, to draw from; none: `model`.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.softness is not None and self.select != "soft":
             raise ValueError("'softness' needs select 'soft'")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("'models' names one twice")
         return self
 
     def most(self) -> int:
         """All its samples."""
         return self.n
+
+    def judges_together(self) -> bool:
+        """Unless the next round depends on it."""
+        return not self.models
+
+    def drawn_from(self) -> tuple[str, ...]:
+        """The models that it was given."""
+        return self.models
 
     def judged_by(self) -> VerifierChoice:
         """The verifier that scores every candidate."""
@@ -68,15 +87,31 @@ class BestOfN(Strategy, frozen=True):
         """Sample, judge, choose."""
         if self.n == 1:
             ctx.commit(0)
-        candidates = await ctx.sample_many(problem, self.n)
+        candidates: list[Candidate] = []
+        scores: dict[int, float] = {}
+        bandit = Bandit(self.models, problem.seed) if self.models else None
+        drawn = 0
         try:
-            verdicts = await ctx.verify(problem, candidates)
+            while drawn < self.n:
+                draws = [Draw()] * self.n
+                if bandit is not None:
+                    size = 2 * len(self.models) if drawn == 0 else ceil(self.n / 4)
+                    names = bandit.pull(min(size, self.n - drawn))
+                    draws = [Draw(model=name) for name in names]
+                drawn += len(draws)
+                some = await ctx.sample_many(problem, draws)
+                candidates += some
+                for one, verdict in zip(some, await ctx.verify(problem, some), strict=True):
+                    scores[one.index] = verdict.score
+                    if bandit is not None and one.model is not None:
+                        bandit.tell(one.model, verdict.score)
+                if len(some) < len(draws):
+                    break  # the budget has no more
         except BudgetSpent:
-            verdicts = []
-        scores = {
-            candidate.index: verdict.score
-            for candidate, verdict in zip(candidates, verdicts, strict=bool(verdicts))
-        }
+            pass
+        except NoCandidate:
+            if not candidates:
+                raise
         if self.select != "soft":
             return await elect(problem, ctx, candidates, scores, self.select)
         worth = softened(scores, self.softness or 0.1, seed=problem.seed)

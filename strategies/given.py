@@ -14,8 +14,6 @@ class Given(Strategy, frozen=True):
     cost: ClassVar[str] = "one batched verification"
     paper: ClassVar[str] = ""
 
-    judges_together: ClassVar[bool] = True
-
     kind: Literal["given"] = "given"
     texts: tuple[str, ...]
     complete: bool
@@ -29,6 +27,10 @@ class Given(Strategy, frozen=True):
     def judged_by(self) -> VerifierChoice:
         """The verifier that was asked for."""
         return self.verifier
+
+    def judges_together(self) -> bool:
+        """All of them."""
+        return True
 
     def scores_tokens(self) -> bool:
         """Nothing of it was drawn."""

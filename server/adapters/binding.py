@@ -36,7 +36,8 @@ async def bound(
                 version = await stack.enter_async_context(names.bound(asked))
                 body = body if version == asked else body | {"model": version}
             if selection is not None:
-                for name in {*adapters(selection.verifier), *talkers(selection.verifier)}:
+                judges = (*adapters(selection.verifier), *talkers(selection.verifier))
+                for name in {*selection.strategy.drawn_from(), *judges}:
                     version = await stack.enter_async_context(names.bound(name))
                     if version != name:
                         selection.versions[name] = version

@@ -6,16 +6,15 @@ touched.
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from vllm.inputs import EngineInput
-from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.admission import Admission
-from server.local.engine import Asked, Client, LocalEngine
+from server.local.engine import Adapter, Asked, Client, LocalEngine
 from server.run import Run, Selection
 from server.selection import SELECTION, from_xargs
 from server.settings import Settings
@@ -51,7 +50,7 @@ class Reasoner:
         admission: Admission,
         store: Store,
         sandbox: Sandbox,
-        adapter: Callable[[str], LoRARequest],
+        adapter: "Adapter",
         settings: Settings,
         remote: Remote,
     ) -> None:
@@ -78,6 +77,8 @@ class Reasoner:
             self._client.judges.labels(versions.get(name, name))  # it is there and judges
         for name in talkers(selection.verifier):
             self._adapter(versions.get(name, name))
+        for name in selection.strategy.drawn_from():
+            self._adapter(versions.get(name, name), "strategy.models")
         self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked, _problem(asked, selection))

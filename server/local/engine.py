@@ -9,7 +9,7 @@ from contextlib import aclosing, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from vllm.inputs import EngineInput, tokens_input
 from vllm.logprobs import Logprob
@@ -27,6 +27,14 @@ MOST_ENDS = 8192
 
 _KEPT = 64
 """Delimiters whose tokens are remembered."""
+
+
+class Adapter(Protocol):
+    """The loaded adapter of a name; None for the base model's own."""
+
+    def __call__(self, name: str, field: str = "verifier.adapter") -> LoRARequest | None:
+        """It raises `InvalidRequest` about the field if nothing has that name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +69,7 @@ class LocalEngine:
         self,
         client: Client,
         asked: Asked,
-        adapter: Callable[[str], LoRARequest],
+        adapter: Adapter,
         *,
         name: str,
         pieces: bool,
@@ -359,7 +367,7 @@ class Vocabulary:
 class Judges:
     """The labels of the adapters that judge, read from their folders as they are asked for."""
 
-    def __init__(self, adapter: Callable[[str], LoRARequest], tokenizer: Callable[[], Any]) -> None:
+    def __init__(self, adapter: Adapter, tokenizer: Callable[[], Any]) -> None:
         self._adapter = adapter
         self._tokenizer = tokenizer
         self._known: dict[str, Labels] = {}
@@ -367,7 +375,10 @@ class Judges:
 
     def labels(self, name: str) -> Labels:
         """See `Engine.labels`; a short file is read, once."""
-        folder = self._adapter(name).path
+        adapter = self._adapter(name)
+        if adapter is None:
+            raise InvalidRequest(f"'{name}' is the base model", field="verifier.adapter")
+        folder = adapter.path
         if folder not in self._known:
             self._known[folder] = self._read(name, folder)
         return self._known[folder]

@@ -131,16 +131,14 @@ class Plugin:
             most_bytes=settings.max_adapter_bytes,
         )
 
-    def _adapter(self, name: str) -> LoRARequest:
-        known: dict[str, LoRARequest] = (
-            {} if self._state is None else self._state.openai_serving_models.lora_requests
-        )
-        if name not in known:
-            raise InvalidRequest(
-                f"there is no adapter '{name[:200]}'; {nearest(name, list(known))}",
-                field="verifier.adapter",
-            )
-        return known[name]
+    def _adapter(self, name: str, field: str = "verifier.adapter") -> LoRARequest | None:
+        assert self._state is not None
+        models = self._state.openai_serving_models
+        known: dict[str, LoRARequest] = models.lora_requests
+        if name not in known and not models.is_base_model(name):
+            hint = nearest(name, sorted(self.models()))
+            raise InvalidRequest(f"there is no adapter '{name[:200]}'; {hint}", field=field)
+        return known.get(name)
 
 
 def _ends(engine: Any) -> list[int]:

@@ -139,16 +139,16 @@ class Context:
         self._apart = 0
         self._short: StopReason | None = None
 
-    def sampling(self, problem: Problem, n: int) -> "Sampling":
-        """Start up to `n` samples; iterate over them as they finish.
+    def sampling(self, problem: Problem, n: "int | Sequence[Draw]") -> "Sampling":
+        """Start up to `n` samples, or these; iterate over them as they finish.
 
         More may be started later, also such as go on with a candidate. Leaving the block aborts the
         rest.
         """
         return Sampling(self, problem, n)
 
-    async def sample_many(self, problem: Problem, n: int) -> list[Candidate]:
-        """Up to `n` finished samples in the order of their index; fewer if the budget is short.
+    async def sample_many(self, problem: Problem, n: "int | Sequence[Draw]") -> list[Candidate]:
+        """Up to `n` finished samples, or these, in order; fewer if the budget is short.
 
         Raises:
             NoCandidate: The budget ran out before one sample existed.
@@ -496,6 +496,8 @@ class Draw:
     """Which draw of the search it is, whenever it starts: its seed follows; None: its index."""
     greedy: bool = False
     """Whether each token is to be the likeliest."""
+    model: str | None = None
+    """The adapter that writes it, by name; None is what the client named."""
     likeliest: int = 0
     """How many of the likeliest tokens are wanted at each place."""
 
@@ -503,7 +505,7 @@ class Draw:
 class Sampling:
     """Samples of one prompt, in flight together. An async context manager and an async iterator."""
 
-    def __init__(self, ctx: Context, problem: Problem, n: int) -> None:
+    def __init__(self, ctx: Context, problem: Problem, n: int | Sequence[Draw]) -> None:
         self._ctx = ctx
         self._problem = problem
         self._n = n
@@ -653,6 +655,7 @@ class Sampling:
             continues=None if after is None else after.index,
             seed=None if problem.seed is None else problem.seed + place,
             greedy=draw.greedy,
+            adapter=draw.model,
             until=draw.until,
             logprobs=draw.likeliest or (None if ctx.verifier is None else ctx.verifier.logprobs),
             priority=1 if after else 1 + place,
@@ -678,7 +681,7 @@ class Sampling:
                     candidate = await self._spelled(candidate, after)
                 if reason != "step":
                     answer = await ctx.answer(candidate.text, candidate.token_ids)
-                    candidate = replace(candidate, answer=answer)
+                    candidate = replace(candidate, answer=answer, model=draw.model)
             return index, candidate
         finally:
             self._flight.running.discard(index)

@@ -46,8 +46,6 @@ class Strategy(BaseModel, ABC, frozen=True):
     """Authors, year, title, and arXiv number."""
     stepwise: ClassVar[bool] = False
     """Whether it asks for one step at a time, and its verifier judges steps."""
-    judges_together: ClassVar[bool] = False
-    """Whether its verifier sees all answers at once."""
 
     kind: str
     answer: AnswerFormat = Field(
@@ -66,6 +64,14 @@ class Strategy(BaseModel, ABC, frozen=True):
     def most(self) -> int:
         """The most samples that it draws, so the most distinct answers that it can give."""
         return 1
+
+    def judges_together(self) -> bool:
+        """Whether its verifier sees all answers at once."""
+        return False
+
+    def drawn_from(self) -> tuple[str, ...]:
+        """The models that its samples come from, by name; none: what the client named."""
+        return ()
 
     def scores_tokens(self) -> bool:
         """Whether each token of its answers was drawn, and so has a log-probability."""

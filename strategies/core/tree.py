@@ -102,6 +102,8 @@ class Frontier:
         self.rounds += 1
         if self.rounds == 1:
             return [Growth(beam=None, times=self.draws, place=start)]
+        if not self._drawn:  # all of the round was lost: what it was to go on with stays
+            return []
         drawn, self._drawn = self._drawn, []
         distinct = merged(drawn)
         self.finished += [beam for beam in distinct if _ended(beam)]

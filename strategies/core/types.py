@@ -134,6 +134,8 @@ class Candidate:
     """How much of its text is."""
     answer: str | None = None
     """The extracted answer in canonical form; None if there is none."""
+    model: str | None = None
+    """The adapter that wrote it, by name; None is what the client named."""
     logprobs: tuple[float, ...] = ()
     pieces: tuple[str, ...] = ()
     top_logprobs: tuple[tuple[float, ...], ...] = ()

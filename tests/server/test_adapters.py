@@ -223,6 +223,26 @@ def test_a_search_is_judged_by_the_version_its_name_means(
     assert "does not judge" in refused.json()["error"]["message"]
 
 
+def test_samples_come_from_several_adapters_in_one_search(api: httpx.Client, versions):
+    one, two, *_ = versions
+    assert point(api, "mixed", version=one).status_code == 200
+    names = ["mixed", two, "mull-tiny"]
+    body = {"model": "mull-tiny", **BODY, "models": names}
+    found = api.post("/v1/strategies/best_of_n", json=body).json()
+    words = {"mixed": versions[one], two: versions[two], "mull-tiny": says(api, "mull-tiny")[1]}
+    assert {each["model"] for each in found["candidates"]} == set(names)
+    for each in found["candidates"]:
+        assert each["text"] == words[each["model"]]
+    assert found["mull"]["adapters"] == {"mixed": one}
+    assert found["mull"]["model"] in names
+    strategy = {"kind": "best_of_n", "models": ["nobody"]}
+    refused = api.post(
+        "/v1/chat/completions", json={"model": "mull-tiny", **BODY, "strategy": strategy}
+    )
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "strategy.models"
+
+
 @pytest.mark.slow
 async def test_flips_under_load_lose_nothing_and_mix_nothing(served, versions: dict[str, str]):
     """50 flips while 16 searches run: each answer is of one version, which its words prove."""

@@ -1,5 +1,6 @@
 """Best-of-N: who wins, and what is never allowed to win."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import exp, sqrt
@@ -12,7 +13,7 @@ from strategies.core.budget import Limits
 from strategies.core.errors import VerifierFailed
 from strategies.core.events import Scored, Voted
 from strategies.core.testing import FakeEngine, FakeVerifier, RecordingContext, context
-from strategies.core.types import Candidate, Outcome, Problem, Verdict
+from strategies.core.types import Candidate, Generation, Outcome, Problem, Verdict
 from strategies.likelihood import Likelihood
 
 PROBLEM = Problem(token_ids=(1, 2), max_tokens=4)
@@ -201,3 +202,40 @@ async def test_soft_selection_is_seeded_and_reports_the_scores_themselves():
 def test_softness_is_for_soft_selection_only():
     with pytest.raises(ValidationError, match="'softness' needs select 'soft'"):
         BestOfN(softness=0.1)
+
+
+def by_model(generation: Generation) -> str:
+    return r"\boxed{right}" if generation.adapter == "good" else r"\boxed{wrong}"
+
+
+async def test_samples_shift_to_the_model_that_scores_higher():
+    engine = FakeEngine(by_model)
+    strategy = BestOfN(n=40, models=("bad", "good", "worse"))
+    likes = FakeVerifier(lambda one: 0.9 if one.answer == "right" else 0.2)
+    async with context(engine, verifier=likes) as ctx:
+        outcome = await strategy.solve(replace(PROBLEM, seed=3), ctx)
+    assert outcome.chosen.model == "good"
+    drawn = Counter(one.adapter for one in engine.asked)
+    assert sum(drawn.values()) == 40
+    assert [one.adapter for one in engine.asked][:6] == ["bad", "good", "worse"] * 2
+    assert drawn["good"] > 20
+    assert {one.model for one in outcome.candidates} == {"bad", "good", "worse"}
+
+
+async def test_several_models_keep_to_the_budget_and_answer_with_what_there_is():
+    for limits in (Limits(samples=4), Limits(tokens=9), Limits(samples=7)):
+        engine = FakeEngine(by_model)
+        strategy = BestOfN(n=40, models=("bad", "good"))
+        likes = FakeVerifier(lambda one: 0.9 if one.answer == "right" else 0.2)
+        async with context(engine, verifier=likes, limits=limits) as ctx:
+            outcome = await strategy.solve(replace(PROBLEM, seed=3), ctx)
+        assert outcome.chosen.answer == "right"
+        assert engine.calls <= (limits.samples or 40)
+        assert ctx.budget.spent <= (limits.tokens or 1000)
+
+
+def test_a_model_is_named_once():
+    with pytest.raises(ValidationError, match="names one twice"):
+        BestOfN(models=("a", "a"))
+    assert BestOfN(models=("a",)).drawn_from() == ("a",)
+    assert not BestOfN(models=("a",)).judges_together()
