@@ -5,6 +5,7 @@ import asyncio
 import sys
 import time
 
+from server.adapters import command
 from server.local.defaults import environment
 from server.settings import Settings
 
@@ -44,6 +45,8 @@ def main() -> None:
     commands.add_parser(
         "doctor", help="say what is installed, on which device, and how to mend what is broken"
     )
+    known = commands.add_parser("adapters", help="list, import, point, roll back, remove adapters")
+    command.arguments(known)
     options, rest = parser.parse_known_args()
     if options.command == "doctor":
         if rest:
@@ -51,10 +54,22 @@ def main() -> None:
         from server.doctor import examine
 
         sys.exit(examine())
+    if options.command == "adapters":
+        if rest:
+            parser.error(f"adapters does not know: {' '.join(rest)}")
+        sys.exit(_adapters(options))
     if rest[:1] in (["--help"], ["-h"]):
         print(_SERVE_HELP, end="")
         return
     sys.exit(_serve(rest))
+
+
+def _adapters(options: argparse.Namespace) -> int:
+    try:
+        return command.run(options, Settings.read().admin_key)
+    except ValueError as error:
+        print(f"mull: {error}", file=sys.stderr)
+        return 2
 
 
 def _serve(rest: list[str]) -> int:

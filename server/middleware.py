@@ -19,7 +19,7 @@ from server.sse import HEARTBEAT
 from server.trace import told
 from server.wire import JSON, as_list, as_object, body_of
 from strategies.core.aio import Background
-from strategies.core.errors import MullError
+from strategies.core.errors import InvalidRequest, MullError
 from strategies.core.events import Grown
 
 
@@ -60,7 +60,10 @@ class Choosing:
                         chosen, selection = choose(
                             body, self._models(), headers, path, self._settings
                         )
-                    asked = await stack.enter_async_context(bound(names, chosen, selection))
+                    binding = bound(names, chosen, selection, counted=path in ENDPOINTS)
+                    asked = await stack.enter_async_context(binding)
+                    if names is not None and names.meant(str(asked.get("model"))) is not None:
+                        _refuse(asked, headers)
             except MullError as error:
                 await reply_to(error)(scope, receive, send)
                 return
@@ -99,8 +102,16 @@ class Choosing:
             SELECTION.reset(token)
 
 
-_NAMING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
-"""Endpoints that name a model and generate nothing."""
+_NAMING = (
+    "/tokenize",
+    "/detokenize",
+    "/v1/messages/count_tokens",
+    "/generative_scoring",
+    "/inference/v1/generate",
+    "/cohere/v2/chat",
+    "/v1/systemone",
+)
+"""Further endpoints that name a model, where nothing is chosen."""
 
 _READ = (*ENDPOINTS, *MANY, *_NAMING)
 
@@ -220,6 +231,14 @@ class _Completing:
                 self._told = True
                 chunk["mull"] = mull_field(self._selection)
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _refuse(asked: JSON, headers: Headers) -> None:
+    """What would outlive the request that holds an adapter, or name another behind its back."""
+    if asked.get("background"):
+        raise InvalidRequest("adapters serve no background responses", field="background")
+    if "x-amzn-sagemaker-adapter-identifier" in headers:
+        raise InvalidRequest("name the adapter in 'model'", field="model")
 
 
 def _object(raw: bytes) -> JSON | None:

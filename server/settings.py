@@ -75,7 +75,9 @@ class Settings(BaseModel):
         default=2 << 30, ge=1, description="Largest file of weights that is taken in."
     )
     admin_key: SecretStr | None = Field(
-        default=None, description="Who sends it may change adapters; unset: nobody."
+        default=None,
+        min_length=8,
+        description="Who sends it may change adapters; unset: nobody.",
     )
     adapter_gate: dict[str, Rule] = Field(
         default_factory=dict[str, Rule],
@@ -126,7 +128,7 @@ class Settings(BaseModel):
         found = _file(Path(path)) if path else {}
         scalars = cls.model_fields.keys() - {"limits", "presets", "endpoints", "adapter_gate"}
         names = {name: os.environ.get(f"MULL_{name.upper()}") for name in scalars}
-        given = {name: value for name, value in names.items() if value is not None}
+        given = {name: value for name, value in names.items() if value}  # empty is unset
         try:
             return cls.model_validate(found | given)
         except ValidationError as error:

@@ -65,6 +65,8 @@ class BestOfN(Strategy, frozen=True):
             raise ValueError("'softness' needs select 'soft'")
         if len(set(self.models)) < len(self.models):
             raise ValueError("'models' names one twice")
+        if len(self.models) > 1 and self.n < 2 * len(self.models):
+            raise ValueError("'n' is to be twice the number of 'models' at least")
         return self
 
     def most(self) -> int:
@@ -73,7 +75,7 @@ class BestOfN(Strategy, frozen=True):
 
     def judges_together(self) -> bool:
         """Unless the next round depends on it."""
-        return not self.models
+        return len(self.models) < 2
 
     def drawn_from(self) -> tuple[str, ...]:
         """The models that it was given."""
@@ -89,11 +91,11 @@ class BestOfN(Strategy, frozen=True):
             ctx.commit(0)
         candidates: list[Candidate] = []
         scores: dict[int, float] = {}
-        bandit = Bandit(self.models, problem.seed) if self.models else None
+        bandit = Bandit(self.models, problem.seed) if len(self.models) > 1 else None
         drawn = 0
         try:
             while drawn < self.n:
-                draws = [Draw()] * self.n
+                draws = [Draw(model=self.models[0] if self.models else None)] * self.n
                 if bandit is not None:
                     size = 2 * len(self.models) if drawn == 0 else ceil(self.n / 4)
                     names = bandit.pull(min(size, self.n - drawn))
@@ -105,11 +107,9 @@ class BestOfN(Strategy, frozen=True):
                     scores[one.index] = verdict.score
                     if bandit is not None and one.model is not None:
                         bandit.tell(one.model, verdict.score)
-                if len(some) < len(draws):
-                    break  # the budget has no more
         except BudgetSpent:
             pass
-        except NoCandidate:
+        except NoCandidate:  # the budget had none for this round
             if not candidates:
                 raise
         if self.select != "soft":

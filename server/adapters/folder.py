@@ -47,37 +47,47 @@ def take_in(folder: Path, root: Path, into: Path, *, most_bytes: int) -> str:
         InvalidRequest: One is missing, unreadable, a link out of `root`, or too large.
     """
     digest = sha256()
-    for name, most in (*_SMALL.items(), (WEIGHTS, most_bytes)):
-        try:
-            file = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            if name in (CONFIG, WEIGHTS):
-                raise InvalidRequest(_missing(folder, name), field="path") from None
-            continue
-        except OSError as error:
-            raise InvalidRequest(f"{name} cannot be read: {error.strerror}", field="path") from None
-        try:
-            opened = Path(f"/proc/self/fd/{file}").resolve()  # whatever the name means by now
-            if not opened.is_relative_to(root.resolve()):
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # the same one, also if it is replaced
+    try:
+        for name, most in (*_SMALL.items(), (WEIGHTS, most_bytes)):
+            try:
+                file = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=held)
+            except FileNotFoundError:
+                if name in (CONFIG, WEIGHTS):
+                    raise InvalidRequest(_missing(folder, name), field="path") from None
+                continue
+            except OSError as error:
                 raise InvalidRequest(
-                    f"{name} is a link out of the directory that adapters may come from",
-                    field="path",
-                )
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise InvalidRequest(f"{name} is no regular file", field="path")
-            digest.update(f"{name}\n".encode())
-            with (into / name).open("xb") as copy:
-                while piece := os.read(file, 1 << 20):
-                    if copy.tell() + len(piece) > most:
-                        raise InvalidRequest(
-                            f"{name} has more than the {most} bytes that are taken in", field="path"
-                        )
-                    copy.write(piece)
-                    digest.update(piece)
-                digest.update(copy.tell().to_bytes(8, "big"))
-        finally:
-            os.close(file)
+                    f"{name} cannot be read: {error.strerror}", field="path"
+                ) from None
+            try:
+                digest.update(f"{name}\n".encode() + _copy(file, name, root, into, most))
+            finally:
+                os.close(file)
+    finally:
+        os.close(held)
     return digest.hexdigest()
+
+
+def _copy(file: int, name: str, root: Path, into: Path, most: int) -> bytes:
+    """Copy an open file, and return the digest of what was copied."""
+    opened = Path(f"/proc/self/fd/{file}").resolve()  # whatever the name means by now
+    if not opened.is_relative_to(root.resolve()):
+        raise InvalidRequest(
+            f"{name} is a link out of the directory that adapters may come from", field="path"
+        )
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise InvalidRequest(f"{name} is no regular file", field="path")
+    digest = sha256()
+    with (into / name).open("xb") as copy:
+        while piece := os.read(file, 1 << 20):
+            if copy.tell() + len(piece) > most:
+                raise InvalidRequest(
+                    f"{name} has more than the {most} bytes that are taken in", field="path"
+                )
+            copy.write(piece)
+            digest.update(piece)
+    return digest.digest()
 
 
 def _missing(folder: Path, name: str) -> str:

@@ -61,7 +61,7 @@ class Trained(BaseModel):
 class Manifest(BaseModel):
     """What an adapter is for and where it comes from. What a later version adds is passed over."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     schema_version: Literal[1]
     kind: Literal["policy", "verifier"]

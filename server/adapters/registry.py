@@ -6,11 +6,13 @@ look at it. Knows no engine. Reads and writes files: not for the event loop.
 """
 
 import fcntl
+import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,6 +26,9 @@ from strategies.core.errors import InvalidRequest, NotFound
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _DIGITS = 12
 """Of a digest, in a version's name."""
+_VERSION = re.compile(f"{NAME}@[0-9a-f]{{{_DIGITS}}}")
+_ABANDONED_SECONDS = 86_400
+_log = logging.getLogger(__name__)
 _KEPT = 100
 """Assignments of an alias that it can be rolled back to."""
 
@@ -34,7 +39,7 @@ Shares = dict[str, float]
 class Rule(BaseModel):
     """What one measure of an evaluation must show before an alias moves to a version."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     at_least: float | None = Field(default=None, description="No lower than this.")
     lose_at_most: float | None = Field(
@@ -44,6 +49,19 @@ class Rule(BaseModel):
 
 Gate = Mapping[str, Rule]
 """By measure."""
+
+
+def check_name(name: str, field: str) -> None:
+    """Whether a version or an alias may be called so.
+
+    Raises:
+        InvalidRequest: It may not.
+    """
+    if re.fullmatch(NAME, name) is None:
+        raise InvalidRequest(
+            "a name has 1 to 64 letters, digits and '._-', and begins with a letter or a digit",
+            field=field,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +77,7 @@ class Version:
 class Alias(BaseModel):
     """A name, what it means now, and what it meant before."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     history: list[Shares] = Field(min_length=1, max_length=_KEPT)
     """The last is what it means."""
@@ -68,7 +86,9 @@ class Alias(BaseModel):
     @classmethod
     def _shared_out(cls, history: list[Shares]) -> list[Shares]:
         for shares in history:
-            if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+            if not all(share > 0 for share in shares.values()) or not (
+                abs(sum(shares.values()) - 1) <= 1e-6
+            ):
                 raise ValueError("shares are above 0 and make 1 together")
         return history
 
@@ -90,6 +110,13 @@ class Registry:
         self._versions, self._aliases = root / "versions", root / "aliases"
         for folder in (self._versions, self._aliases):
             folder.mkdir(parents=True, exist_ok=True)
+        for left in (
+            *root.glob(".incoming-*"),
+            *root.glob(".gone-*"),
+        ):  # by a server that was killed
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
     def incoming(self) -> Generator[Path]:
@@ -108,11 +135,7 @@ class Registry:
         Raises:
             InvalidRequest: The name cannot be one.
         """
-        if re.fullmatch(NAME, name) is None:
-            raise InvalidRequest(
-                "a name has 1 to 64 letters, digits and '._-', and begins with a letter or a digit",
-                field="name",
-            )
+        check_name(name, "name")
         id = f"{name}@{digest[:_DIGITS]}"
         with self._locked():
             new = not (self._versions / id).exists()
@@ -128,33 +151,56 @@ class Registry:
             NotFound: There is none.
         """
         folder = self._versions / id
-        if re.fullmatch(f"{NAME}@[0-9a-f]{{{_DIGITS}}}", id) is None or not folder.is_dir():
+        if _VERSION.fullmatch(id) is None or not folder.is_dir():
             raise NotFound(f"there is no adapter '{id[:200]}'")
         return Version(id=id, folder=folder, manifest=read_manifest(folder))
 
-    def versions(self) -> list[Version]:
-        """All of them, by name."""
-        return [self.version(folder.name) for folder in sorted(self._versions.iterdir())]
+    def ids(self) -> list[str]:
+        """The versions by name, whatever is in them."""
+        return sorted(name for name in os.listdir(self._versions) if _VERSION.fullmatch(name))
 
-    def remove(self, id: str) -> None:
-        """Delete a version.
+    def versions(self) -> list[Version]:
+        """All whose manifests can be read, by name."""
+        found: list[Version] = []
+        for id in self.ids():
+            try:
+                found.append(self.version(id))
+            except (InvalidRequest, NotFound) as error:
+                _log.warning("passed over: %s", error)
+        return found
+
+    def free(self, id: str) -> Path:
+        """The folder of a version that no alias means.
 
         Raises:
             NotFound: There is none.
             InvalidRequest: An alias means it.
         """
+        folder = self._versions / id
+        if _VERSION.fullmatch(id) is None or not folder.is_dir():
+            raise NotFound(f"there is no adapter '{id[:200]}'")
+        for name, alias in self.aliases().items():
+            if id in alias.shares:
+                raise InvalidRequest(f"alias '{name}' means '{id}': move it first", field="id")
+        return folder
+
+    def remove(self, id: str) -> None:
+        """Delete a version; see `free`."""
         with self._locked():
-            folder = self.version(id).folder
-            for name, alias in self.aliases().items():
-                if id in alias.shares:
-                    raise InvalidRequest(f"alias '{name}' means '{id}': move it first", field="id")
+            folder = self.free(id)
             gone = Path(mkdtemp(prefix=".gone-", dir=self.root))
             os.rename(folder, gone / "version")
         shutil.rmtree(gone, ignore_errors=True)
 
     def aliases(self) -> dict[str, Alias]:
-        """All of them, by name."""
-        return {path.stem: self.alias(path.stem) for path in sorted(self._aliases.glob("*.json"))}
+        """All that can be read, by name."""
+        found: dict[str, Alias] = {}
+        for path in sorted(self._aliases.glob("*.json")):
+            try:
+                found[path.stem] = self.alias(path.stem)
+            except (InvalidRequest, NotFound) as error:
+                _log.warning("passed over: %s", error)
+        return found
 
     def alias(self, name: str) -> Alias:
         """An alias by its name.
@@ -180,14 +226,11 @@ class Registry:
             InvalidRequest: A version does not pass, or the shares are none.
             NotFound: There is no such version.
         """
-        if re.fullmatch(NAME, name) is None:
-            raise InvalidRequest("an alias is called as adapters are", field="alias")
+        check_name(name, "alias")
         with self._locked():
-            before: Alias | None
-            try:
+            before: Alias | None = None
+            with suppress(NotFound, InvalidRequest):  # what is damaged is written anew
                 before = self.alias(name)
-            except NotFound:
-                before = None
             for id in shares:
                 self._pass(self.version(id), before, gate)
             try:
@@ -226,14 +269,22 @@ class Registry:
             NotFound: There is none.
         """
         with self._locked():
-            self.alias(name)
-            (self._aliases / f"{name}.json").unlink()
+            if re.fullmatch(NAME, name) is None:
+                raise NotFound(f"there is no alias '{name[:200]}'")
+            try:
+                (self._aliases / f"{name}.json").unlink()
+            except FileNotFoundError:
+                raise NotFound(f"there is no alias '{name}'") from None
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """What is there, in short: another value after every change."""
+        found: list[tuple[str, int, int]] = []
         with os.scandir(self._aliases) as aliases, os.scandir(self._versions) as versions:
-            entries = [(entry.path, entry.stat()) for entry in (*aliases, *versions)]
-        return tuple(sorted((path, at.st_ino, at.st_mtime_ns) for path, at in entries))
+            for entry in (*aliases, *versions):
+                with suppress(FileNotFoundError):  # gone meanwhile
+                    at = entry.stat()
+                    found.append((entry.path, at.st_ino, at.st_mtime_ns))
+        return tuple(sorted(found))
 
     def _pass(self, version: Version, before: Alias | None, gate: Gate) -> None:
         if before is not None and version.id in before.shares:
@@ -248,10 +299,12 @@ class Registry:
                 )
             least = [] if rule.at_least is None else [rule.at_least]
             if rule.lose_at_most is not None and before is not None:
-                served = [self.version(id).manifest for id in before.shares]
-                known = [one.evaluation.get(measure) for one in served if one is not None]
-                least += [one - rule.lose_at_most for one in known if one is not None]
-            if least and worth < max(least):
+                for id in before.shares:
+                    with suppress(NotFound, InvalidRequest):
+                        served = self.version(id).manifest
+                        if served is not None and measure in served.evaluation:
+                            least.append(served.evaluation[measure] - rule.lose_at_most)
+            if least and not worth >= max(least):
                 raise InvalidRequest(
                     f"'{version.id}' does not pass the gate: its '{measure}' is {worth:g}, and "
                     f"{max(least):g} is the least",

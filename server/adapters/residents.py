@@ -33,7 +33,7 @@ class Residents:
     ) -> None:
         self._load = load
         self._unload = unload
-        self._most = most
+        self.most = most
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         """By version, the last used at the end."""
         self._meant: frozenset[str] = frozenset()
@@ -75,20 +75,30 @@ class Residents:
         self._slots.move_to_end(id)
         return slot
 
-    def mean(self, ids: Collection[str]) -> None:
-        """The versions that names mean now; those that they meant until now go once drained."""
+    def mean(self, ids: Collection[str], existing: Collection[str]) -> None:
+        """The versions that names mean now, of those that exist.
+
+        What names meant until now goes once drained, and so does what was deleted.
+        """
         for id, slot in self._slots.items():
-            slot.retired = id not in ids and (slot.retired or id in self._meant)
+            dropped = slot.retired or id in self._meant or id not in existing
+            slot.retired = id not in ids and dropped
         self._meant = frozenset(ids)
 
     async def sweep(self) -> None:
-        """Drop what is retired and idle."""
+        """Drop what is retired and idle; never waits for others' changes."""
+        if self._changing.locked() or not self._idle():
+            return
         async with self._changing:
-            for id in [id for id, slot in self._slots.items() if slot.retired and not slot.users]:
+            for id in self._idle():
                 await self._drop(id)
 
-    async def drop(self, id: str) -> None:
-        """Drop a version that is going to be deleted.
+    def _idle(self) -> list[str]:
+        return [id for id, slot in self._slots.items() if slot.retired and not slot.users]
+
+    @asynccontextmanager
+    async def without(self, id: str) -> AsyncGenerator[None]:
+        """Have a version out of the engine, and kept out, while the block lasts.
 
         Raises:
             Busy: It is in use.
@@ -99,13 +109,14 @@ class Residents:
                 raise Busy(f"'{id}' is in use by {slot.users} requests", seconds=1)
             if slot is not None:
                 await self._drop(id)
+            yield
 
     async def _make_room(self) -> None:
-        while len(self._slots) >= self._most:
+        while len(self._slots) >= self.most:
             idle = next((id for id, slot in self._slots.items() if not slot.users), None)
             if idle is None:
                 raise Busy(
-                    f"{self._most} adapters are in use, and the engine holds no more "
+                    f"{self.most} adapters are in use, and the engine holds no more "
                     "(--max-cpu-loras)",
                     seconds=1,
                 )

@@ -1,13 +1,15 @@
 """The registry's adapters on this engine: names become versions, and versions are loaded."""
 
 import asyncio
+import logging
 import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager, suppress
+from functools import cached_property
 from hashlib import file_digest, sha256
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,57 +21,75 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from server import metrics
 from server.adapters.folder import inside, take_in
 from server.adapters.manifest import Manifest, Trained, read_manifest, write_manifest
-from server.adapters.registry import Alias, Gate, Registry, Shares, Version
+from server.adapters.registry import Alias, Gate, Registry, Shares, Version, check_name
 from server.adapters.residents import Residents
+from server.local.engine import token_ids
 from server.local.weights import Served, examine, layers
-from strategies.core.errors import EngineUnavailable, InvalidRequest
+from strategies.core.errors import EngineUnavailable, InvalidRequest, NotFound
 
 _STALE_SECONDS = 0.25
 """How long a name may go on meaning what it meant, after another server moved it."""
 
 _CANARY = "What is 12 + 7? Think step by step. 12 + 7 = 19, so the answer is 19."
+_REFUSED = "Call to add_lora method failed: "
+"""How vLLM's engine begins what it says of an adapter that it does not take."""
+_log = logging.getLogger(__name__)
 _ACTS = 1e-4
 """Nats by which an adapter changes some token of the canary at least."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """The model that is served, as far as its files say."""
+    """The model that is served, as far as its files say. It does not change."""
 
-    folder: Path | None
-    tokenizer: Callable[[], Any]
-    template: str | None
+    def __init__(
+        self, folder: Path | None, tokenizer: Callable[[], Any], template: str | None
+    ) -> None:
+        """`folder` is where its weights are; `template` is in place of the tokenizer's own."""
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self._template = template
 
     @classmethod
-    def find(cls, model: str, tokenizer: Callable[[], Any], template: str | None) -> "Base":
-        """By its path, or where its files were downloaded to."""
-        folder = Path(model)
+    def find(
+        cls,
+        model: str,
+        tokenizer: Callable[[], Any],
+        template: str | None,
+        **download: Any,
+    ) -> "Base":
+        """By its path, or where its files were downloaded to (see `snapshot_download`)."""
+        folder, hub = Path(model), cast(Any, huggingface_hub)
         if not folder.is_dir():
             try:
-                folder = Path(
-                    cast(Any, huggingface_hub).snapshot_download(model, local_files_only=True)
-                )
+                folder = Path(hub.snapshot_download(model, local_files_only=True, **download))
             except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-                return cls(folder=None, tokenizer=tokenizer, template=template)
-        return cls(folder=folder, tokenizer=tokenizer, template=template)
+                return cls(None, tokenizer, template)
+        return cls(folder, tokenizer, template)
+
+    @cached_property
+    def _weights(self) -> str | None:
+        files = [] if self.folder is None else sorted(self.folder.glob("*.safetensors"))
+        return _sha("".join(map(_file_sha, files))) if files else None
+
+    @cached_property
+    def _tokenizer(self) -> str | None:
+        places = [Path(str(self.tokenizer().name_or_path)), *([self.folder] if self.folder else [])]
+        files = (place / "tokenizer.json" for place in places)
+        return next((_file_sha(file) for file in files if file.exists()), None)
 
     def differs(self, trained: Trained) -> str | None:
         """What an adapter was trained on that is not served here; reads what it compares."""
-        template = self.template or getattr(self.tokenizer(), "chat_template", None)
-        pairs = [("chat template", trained.chat_template, _sha(template))]
-        if self.folder is not None:
-            told = self.folder / "tokenizer.json"
-            if trained.tokenizer is not None and told.exists():
-                pairs.append(("tokenizer", trained.tokenizer, _file_sha(told)))
-            files = sorted(self.folder.glob("*.safetensors"))
-            if trained.weights is not None and files:
-                digest = sha256("".join(map(_file_sha, files)).encode()).hexdigest()
-                pairs.append(("weights", trained.weights, digest))
-        wrong = (what for what, one, other in pairs if other and one not in (None, other))
-        return next(wrong, None)
+        if trained.chat_template is not None:
+            template = self._template or getattr(self.tokenizer(), "chat_template", None)
+            if trained.chat_template != _sha(template):
+                return "chat template"
+        if trained.tokenizer not in (None, self._tokenizer or trained.tokenizer):
+            return "tokenizer"
+        if trained.weights not in (None, self._weights or trained.weights):
+            return "weights"
+        return None
 
 
 class Adapters:
@@ -99,14 +119,16 @@ class Adapters:
         self._most_bytes = most_bytes
         found = None if base.folder is None else layers(base.folder)
         self._served = Served(layers=found, lora=lora)
-        most = lora.max_cpu_loras - len(models.lora_requests)
+        self._static = set(models.lora_requests)
+        most = lora.max_cpu_loras - len(self._static)
         if most < 1:
             raise ValueError("--max-cpu-loras leaves no room beside --lora-modules")
         self._residents = Residents(self._load, self._unload, most=most)
         self._stamp: object = None
-        self._looked = -float("inf")
+        self._looked = -inf
+        self._looking = asyncio.Lock()
         self._aliases: Mapping[str, Alias] = {}
-        self._versions: Collection[str] = ()
+        self._versions: Collection[str] = frozenset()
         self._plain: list[float] | None = None
         """The canary's log-probabilities without any adapter."""
 
@@ -115,45 +137,61 @@ class Adapters:
         """What requests may name, as of the last look."""
         return {*self._aliases, *self._versions}
 
-    async def look(self) -> None:
-        """See what others have changed, and let go of what no name means any more."""
-        if time.monotonic() - self._looked < _STALE_SECONDS:
+    @property
+    def most(self) -> int:
+        """Versions that the engine holds at once."""
+        return self._residents.most
+
+    async def look(self, *, at_once: bool = False) -> None:
+        """See what others have changed, and let go of what no name means any more.
+
+        While the registry cannot be read, names mean what they meant.
+        """
+        if not at_once and time.monotonic() - self._looked < _STALE_SECONDS:
             return
-        self._looked = time.monotonic()
-        stamp = await asyncio.to_thread(self._registry.stamp)
-        if stamp != self._stamp:
-            await self._read()
-            self._stamp = stamp
+        if self._looking.locked() and self._looked > -inf and not at_once:
+            return  # another is at it
+        async with self._looking:
+            if at_once or time.monotonic() - self._looked >= _STALE_SECONDS:
+                try:
+                    stamp = await asyncio.to_thread(self._registry.stamp)
+                    if stamp != self._stamp:
+                        self._aliases, self._versions = await asyncio.to_thread(self._read)
+                        self._stamp = stamp
+                except OSError:
+                    _log.exception("the registry of adapters cannot be read")
+                self._looked = time.monotonic()
+                meant = {id for alias in self._aliases.values() for id in alias.shares}
+                self._residents.mean(meant, self._versions)
         await self._residents.sweep()
 
-    async def _read(self) -> None:
-        self._aliases = await asyncio.to_thread(self._registry.aliases)
-        versions = await asyncio.to_thread(self._registry.versions)
-        self._versions = {one.id for one in versions}
-        self._residents.mean({id for alias in self._aliases.values() for id in alias.shares})
+    def _read(self) -> tuple[Mapping[str, Alias], Collection[str]]:
+        return self._registry.aliases(), frozenset(self._registry.ids())
 
-    @asynccontextmanager
-    async def bound(self, name: str) -> AsyncGenerator[str]:
-        """What a name means, kept in the engine while the block lasts; a name of vLLM's is itself.
+    def meant(self, name: str) -> str | None:
+        """A version that a name means, drawn by its shares; None for a name that is none of ours.
 
-        Raises:
-            NotFound: It meant something that is no longer there.
-            InvalidRequest: The adapter cannot be served.
-            Busy: The engine holds as many adapters as it can, all in use.
+        What vLLM serves by itself comes first.
         """
-        await self.look()
+        if name in self._static or self._models.is_base_model(name):
+            return None
         if name in self._aliases:
             shares = self._aliases[name].shares
-            [id] = random.choices(list(shares), list(shares.values()))
-            metrics.ALIASED.labels(name, id).inc()
-        elif name in self._versions:
-            id = name
-        else:
-            yield name
-            return
-        version = await asyncio.to_thread(self._registry.version, id)
-        async with self._residents.hold(version):
-            yield id
+            return random.choices(list(shares), list(shares.values()))[0]
+        return name if name in self._versions or name in self._residents else None
+
+    @asynccontextmanager
+    async def held(self, version: str) -> AsyncGenerator[None]:
+        """Have a version in the engine while the block lasts.
+
+        Raises:
+            NotFound: It is no longer there.
+            InvalidRequest: It cannot be served.
+            Busy: The engine holds as many as it can, all in use.
+        """
+        found = await asyncio.to_thread(self._registry.version, version)
+        async with self._residents.hold(found):
+            yield
 
     async def publish(self, name: str, path: str) -> Version:
         """Take an adapter in from a folder, prove that it acts, and keep it as a version.
@@ -165,14 +203,15 @@ class Adapters:
         try:
             async with self._residents.hold(version):
                 pass
-        except InvalidRequest:
-            if new:
+        except BaseException:
+            if new:  # nobody has seen it
                 await asyncio.to_thread(self._registry.remove, version.id)
             raise
-        await self._changed()
+        await self.look(at_once=True)
         return version
 
     def _taken_in(self, name: str, path: str) -> tuple[Version, bool]:
+        check_name(name, "name")
         folder = inside(self._imports, path)
         assert self._imports is not None
         with self._registry.incoming() as into:
@@ -190,6 +229,8 @@ class Adapters:
                 f"the adapter cannot be served: it was trained on another model ({other})",
                 field="path",
             )
+        if manifest is not None and manifest.judging is not None:
+            token_ids(self._base.tokenizer(), manifest.judging.labels)
         examine(folder, self._served)
 
     async def point(self, name: str, shares: Shares) -> Alias:
@@ -199,44 +240,59 @@ class Adapters:
             InvalidRequest: They do not pass the gate, or the name is taken.
             NotFound: There is no such version.
         """
-        if name in self._models.lora_requests or self._models.is_base_model(name):
+        if name in self._static or self._models.is_base_model(name):
             raise InvalidRequest(f"'{name}' is served already, and no alias", field="alias")
-        for id in shares:
-            version = await asyncio.to_thread(self._registry.version, id)
-            async with self._residents.hold(version):
-                pass
+        await self._prepare(shares)
         alias = await asyncio.to_thread(self._registry.point, name, shares, self._gate)
-        await self._changed()
+        await self.look(at_once=True)
         return alias
 
     async def roll_back(self, name: str) -> Alias:
-        """See `Registry.roll_back`."""
+        """See `Registry.roll_back`; what it meant is loaded first."""
+        now = await asyncio.to_thread(self._registry.alias, name)
+        for shares in now.history[-2:-1]:
+            with suppress(NotFound):  # refused in better words below
+                await self._prepare(shares)
         alias = await asyncio.to_thread(self._registry.roll_back, name)
-        await self._changed()
+        await self.look(at_once=True)
         return alias
 
-    async def remove(self, name: str) -> None:
-        """Forget an alias, or delete a version that no alias means and no request uses.
+    async def _prepare(self, shares: Shares) -> None:
+        if len(shares) > self.most:
+            raise InvalidRequest(
+                f"the engine holds {self.most} adapters (--max-cpu-loras)", field="versions"
+            )
+        for id in shares:
+            async with self.held(id):
+                pass
+
+    async def drop(self, alias: str) -> None:
+        """Forget an alias; what it meant goes once drained.
+
+        Raises:
+            NotFound: There is none.
+        """
+        await asyncio.to_thread(self._registry.drop, alias)
+        await self.look(at_once=True)
+
+    async def remove(self, version: str) -> None:
+        """Delete a version that no alias means and no request uses.
 
         Raises:
             NotFound: There is none.
             InvalidRequest: An alias means it.
             Busy: It is in use.
         """
-        if "@" in name:
-            await asyncio.to_thread(self._registry.version, name)
-            await self._residents.drop(name)
-            await asyncio.to_thread(self._registry.remove, name)
-        else:
-            await asyncio.to_thread(self._registry.drop, name)
-        await self._changed()
+        await asyncio.to_thread(self._registry.free, version)
+        async with self._residents.without(version):
+            await asyncio.to_thread(self._registry.remove, version)
+        await self.look(at_once=True)
 
-    async def cards(self) -> tuple[list[dict[str, Any]], dict[str, Alias]]:
-        """Every version as clients read of it, and every alias."""
-        await self._changed()
+    async def cards(self) -> tuple[list[dict[str, Any]], Mapping[str, Alias]]:
+        """Every version as its operator reads of it, and every alias."""
+        await self.look(at_once=True)
         versions = await asyncio.to_thread(self._registry.versions)
-        aliases = dict(self._aliases)
-        in_use = self._residents.in_use
+        aliases, in_use = self._aliases, self._residents.in_use
         cards = [
             {
                 "id": one.id,
@@ -252,30 +308,35 @@ class Adapters:
         ]
         return cards, aliases
 
-    async def _changed(self) -> None:
-        self._looked = -float("inf")
-        self._stamp = None
-        await self.look()
-
     async def _load(self, version: Version) -> None:
-        """Into the engine, looked at before and tried after."""
+        """Into the engine, looked at before and tried after; if it fails, nothing is left there."""
         await asyncio.to_thread(self._fits, version.folder)
         request = LoRARequest(
             version.id, self._models.lora_id_counter.inc(1), str(version.folder.resolve())
         )
         try:
-            await self._engine.add_lora(request)
+            await self._add(request)
             await self._try(request)
+        except BaseException:
+            # Also where it was refused or the client has left: the engine may have it by now.
+            with suppress(Exception):
+                await self._engine.remove_lora(request.lora_int_id)
+            raise
+        self._models.lora_requests[version.id] = request
+
+    async def _add(self, request: LoRARequest) -> None:
+        try:
+            await self._engine.add_lora(request)
         except EngineDeadError as error:
             raise EngineUnavailable("the engine died; try again") from error
         except Exception as error:
-            with suppress(Exception):  # a rank above the configuration's stays registered otherwise
-                await self._engine.remove_lora(request.lora_int_id)
-            if isinstance(error, InvalidRequest):
+            said = str(error)
+            if not said.startswith(_REFUSED):
                 raise
-            reason = str(error).removeprefix("Call to add_lora method failed: ")[:500]
-            raise InvalidRequest(f"the adapter cannot be served: {reason}", field="path") from error
-        self._models.lora_requests[version.id] = request
+            reason = said.removeprefix(_REFUSED).replace(request.lora_path, request.lora_name)
+            raise InvalidRequest(
+                f"the adapter cannot be served: {reason[:500]}", field="path"
+            ) from error
 
     async def _unload(self, id: str) -> None:
         request = self._models.lora_requests.pop(id)
@@ -286,6 +347,11 @@ class Adapters:
         if self._plain is None:
             self._plain = await self._canary(None)
         adapted = await self._canary(request)
+        if not all(map(isfinite, adapted)):
+            raise InvalidRequest(
+                "the adapter cannot be served: with it the model's probabilities are no numbers",
+                field="path",
+            )
         if max(abs(one - other) for one, other in zip(self._plain, adapted, strict=True)) < _ACTS:
             raise InvalidRequest(
                 "the adapter cannot be served: with it the model says exactly what it says without",
@@ -302,13 +368,18 @@ class Adapters:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        name = f"canary-{uuid.uuid4().hex}"
         last: RequestOutput | None = None
-        async for output in self._generate(
-            tokens_input(ids), params, f"canary-{uuid.uuid4().hex}", lora_request=lora, priority=-1
-        ):
-            last = output
+        try:
+            async with aclosing(
+                self._generate(tokens_input(ids), params, name, lora_request=lora, priority=-1)
+            ) as outputs:
+                async for output in outputs:
+                    last = output
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine died; try again") from error
         if last is None or last.prompt_logprobs is None:
-            raise EngineUnavailable("the engine did not read the canary")
+            raise EngineUnavailable("the engine did not read the canary; try again")
         rows = zip(ids[1:], last.prompt_logprobs[1:], strict=True)
         return [row[token].logprob for token, row in rows if row is not None]
 

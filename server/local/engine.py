@@ -18,7 +18,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from server.adapters.manifest import MANIFEST, read_manifest
+from server.adapters.manifest import MANIFEST, LabelTokens, read_manifest
 from strategies.core.errors import EngineUnavailable, InvalidRequest
 from strategies.core.types import Candidate, Chunk, Generation, Labels, Turn
 
@@ -392,15 +392,7 @@ class Judges:
                 field="verifier.adapter",
             )
         tokenizer = self._tokenizer()
-        good, bad = (
-            tokenizer.convert_tokens_to_ids(token)
-            for token in (judging.labels.good, judging.labels.bad)
-        )
-        if None in (good, bad) or tokenizer.unk_token_id in (good, bad):
-            raise InvalidRequest(
-                f"the labels of adapter '{name}' are no tokens of the model",
-                field="verifier.adapter",
-            )
+        good, bad = token_ids(tokenizer, judging.labels)
         opening = None
         if judging.opening is not None:
             answers, verdicts = (
@@ -409,6 +401,22 @@ class Judges:
             )
             opening = (answers, verdicts)
         return Labels(good=good, bad=bad, delimiter=judging.delimiter, opening=opening)
+
+
+def token_ids(tokenizer: Any, labels: LabelTokens) -> tuple[int, int]:
+    """The ids of a verifier's labels.
+
+    Raises:
+        InvalidRequest: One is no token of the model.
+    """
+    good, bad = (tokenizer.convert_tokens_to_ids(token) for token in (labels.good, labels.bad))
+    if None in (good, bad) or tokenizer.unk_token_id in (good, bad):
+        raise InvalidRequest(
+            f"the labels of the verifier, '{labels.good}' and '{labels.bad}', are no tokens of "
+            "the model",
+            field="verifier.adapter",
+        )
+    return good, bad
 
 
 def twin(piece: RequestOutput) -> RequestOutput:

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.datastructures import State
 from starlette.responses import JSONResponse
+from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.launcher import terminate_if_errored
 from vllm.lora.request import LoRARequest
@@ -49,7 +50,8 @@ class Plugin:
         app.include_router(routes.router)
         app.include_router(traces.router)
         app.include_router(verify.router)
-        app.include_router(adapters.router)
+        if self._settings.adapters:
+            app.include_router(adapters.router)
         if self._settings.presets or self._settings.adapters:
             app.include_router(models.router)
         app.add_exception_handler(MullError, handle)
@@ -118,13 +120,28 @@ class Plugin:
             return None
         if config.lora_config is None:
             raise ValueError("MULL_ADAPTERS needs --enable-lora")
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            raise ValueError(
+                "MULL_ADAPTERS and VLLM_ALLOW_RUNTIME_LORA_UPDATING exclude each other: vLLM's own "
+                "routes load what nobody has looked at"
+            )
+        if getattr(config.parallel_config, "_api_process_count", 1) > 1:
+            raise ValueError(  # each would give its adapters numbers that the others give, too
+                "MULL_ADAPTERS needs --api-server-count 1; start more servers on the same registry"
+            )
         chat = state.openai_serving_chat
         template = None if chat is None else chat.chat_template
         return Adapters(
             engine=engine,
             generate=engine.generate,
             models=state.openai_serving_models,
-            base=Base.find(config.model_config.model, engine.get_tokenizer, template),
+            base=Base.find(
+                config.model_config.model,
+                engine.get_tokenizer,
+                template,
+                revision=config.model_config.revision,
+                cache_dir=config.load_config.download_dir,
+            ),
             registry=Registry(settings.adapters),
             imports=settings.adapter_imports,
             gate=settings.adapter_gate,

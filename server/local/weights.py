@@ -8,21 +8,27 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors import safe_open as _safe_open  # pyright: ignore[reportUnknownVariableType]
 from vllm.config.lora import LoRAConfig
 from vllm.lora.peft_helper import PEFTHelper
 
 from server.adapters.folder import CONFIG, WEIGHTS
+from server.errors import refusal
 from server.wire import as_object
 from strategies.core.errors import InvalidRequest
 
 safe_open: Any = _safe_open
 _MATRIX = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+
+_PLAIN = ("F64", "F32", "F16", "BF16")
+"""Types of weights that are not packed or quantised."""
 
 Layers = Mapping[str, tuple[int, int]]
 """By name, a linear layer's (outputs, inputs)."""
@@ -43,10 +49,13 @@ def layers(model: Path) -> Layers | None:
     for file in model.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                shape = opened.get_slice(name).get_shape()
+                part = opened.get_slice(name)
+                shape = part.get_shape()
+                if part.get_dtype() not in _PLAIN:
+                    return None
                 if name.endswith(".weight") and len(shape) == 2:
                     found[name.removesuffix(".weight")] = (shape[0], shape[1])
-    # Quantised layers are packed, and some models are stored under other names than they run by.
+    # Some models are stored under other names than they run by.
     usual = any(re.fullmatch(r"model\.layers\.\d+\..+", name) for name in found)
     return found if usual else None
 
@@ -59,12 +68,9 @@ def examine(folder: Path, served: Served) -> None:
     Raises:
         InvalidRequest: It does not; the message says which part.
     """
-    helper = _helper(folder / CONFIG)
-    try:
-        helper.validate_legal(served.lora)
-    except ValueError as error:
-        raise _refused(str(error)) from None
+    helper = _helper(folder / CONFIG, served.lora)
     sides: dict[str, dict[str, torch.Size]] = {}
+    acting: set[str] = set()
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
@@ -77,18 +83,44 @@ def examine(folder: Path, served: Served) -> None:
                 tensor: torch.Tensor = opened.get_tensor(key)
                 if not tensor.is_floating_point() or tensor.dim() != 2:
                     raise _refused(f"'{key}' is no matrix of floating-point numbers")
+                tensor = tensor.float()
                 if not tensor.isfinite().all():
                     raise _refused(f"'{key}' holds numbers that are not finite")
+                acting |= {match["side"]} if tensor.any() else set[str]()
                 sides.setdefault(match["layer"], {})[match["side"]] = tensor.shape
     except (SafetensorError, OSError) as error:
         raise _refused(f"{WEIGHTS} is damaged: {error}") from None
     if not sides:
         raise _refused(f"{WEIGHTS} holds no matrix")
+    for side in sorted({"A", "B"} - acting):
+        raise _refused(f"it does nothing: all lora_{side} are zero")
     for layer, shapes in sides.items():
-        _fits(layer, shapes, helper.get_rank_and_scaling(layer)[0], served)
+        try:
+            rank, scaling = helper.get_rank_and_scaling(layer)
+        except Exception as error:  # of the patterns, which are regular expressions
+            raise _refused(f"{CONFIG}: {error}") from None
+        if not isfinite(scaling) or abs(scaling) > torch.finfo(torch.float16).max:
+            raise _refused(f"{CONFIG} scales '{layer}' by {scaling:g}")
+        _fits(layer, shapes, rank, served)
 
 
-def _helper(path: Path) -> PEFTHelper:
+class _Config(BaseModel):
+    """The fields of peft's configuration that vLLM reads, with their types."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str] | str | None = None
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
+
+
+def _helper(path: Path, lora: LoRAConfig) -> PEFTHelper:
     try:
         config = as_object(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
@@ -100,13 +132,19 @@ def _helper(path: Path) -> PEFTHelper:
         raise _refused(f"an adapter of kind '{str(kind)[:50]}' cannot be served; LORA can")
     if config.get("fan_in_fan_out") or config.get("trainable_token_indices"):
         raise _refused("'fan_in_fan_out' and 'trainable_token_indices' cannot be served")
+    try:
+        _Config.model_validate(config)
+    except ValidationError as error:
+        raise _refused(f"{CONFIG}: {refusal(error, inside='')}") from None
     known: dict[str, Any] = {
         field.name: config[field.name] for field in fields(PEFTHelper) if field.name in config
     }
     try:
-        return PEFTHelper.from_dict(known)  # pyright: ignore[reportUnknownMemberType]
+        helper = PEFTHelper.from_dict(known)  # pyright: ignore[reportUnknownMemberType]
+        helper.validate_legal(lora)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise _refused(f"{CONFIG}: {error}") from None
+        raise _refused(str(error)) from None
+    return helper
 
 
 def _fits(layer: str, shapes: Mapping[str, torch.Size], rank: int, served: Served) -> None:

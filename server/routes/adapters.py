@@ -1,7 +1,7 @@
 """`/v1/adapters`: versions and aliases, for who holds the admin key; vLLM's own two routes, too."""
 
 from hmac import compare_digest
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +11,8 @@ from server.adapters.registry import Alias
 from server.errors import refusal
 from server.wire import body_of
 from strategies.core.errors import Forbidden, InvalidRequest, Unauthorized
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def admin(request: Request) -> None:
@@ -49,7 +51,7 @@ class Point(_Body):
     """What an alias is to mean."""
 
     version: str | None = None
-    versions: dict[str, float] | None = Field(
+    versions: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
         default=None, max_length=16, description="By version, its share of requests; 1 together."
     )
 
@@ -70,14 +72,13 @@ class Load(_Body):
 
     lora_name: str
     lora_path: str = Field(max_length=4096)
-    load_inplace: bool = False
+    load_inplace: Literal[False] = False
 
 
 class Unload(_Body):
     """As vLLM's `/v1/unload_lora_adapter`."""
 
     lora_name: str
-    lora_int_id: int | None = None
 
 
 @router.get("/v1/adapters")
@@ -94,7 +95,7 @@ async def adapters(request: Request) -> dict[str, Any]:
 @router.post("/v1/adapters")
 async def publish(request: Request) -> Response:
     """Take in a folder: it is looked at, loaded, tried, and kept as `name@digest`."""
-    asked = Publish.model_validate(await _body(request, Publish))
+    asked = await _body(request, Publish)
     version = await _adapters(request).publish(asked.name, asked.path)
     said: dict[str, Any] = {"id": version.id, "object": "adapter"}
     if asked.alias is not None:
@@ -106,7 +107,7 @@ async def publish(request: Request) -> Response:
 @router.put("/v1/adapters/{alias}")
 async def point(alias: str, request: Request) -> dict[str, Any]:
     """Let an alias mean a version, or several by shares: new requests are served by these."""
-    asked = Point.model_validate(await _body(request, Point))
+    asked = await _body(request, Point)
     return _told(alias, await _adapters(request).point(alias, asked.shares))
 
 
@@ -119,14 +120,15 @@ async def roll_back(alias: str, request: Request) -> dict[str, Any]:
 @router.delete("/v1/adapters/{name}")
 async def remove(name: str, request: Request) -> dict[str, Any]:
     """Forget an alias, or delete a version that no alias means and no request uses."""
-    await _adapters(request).remove(name)
+    adapters = _adapters(request)
+    await (adapters.remove(name) if "@" in name else adapters.drop(name))
     return {"id": name, "object": "adapter", "deleted": True}
 
 
 @router.post("/v1/load_lora_adapter")
 async def load(request: Request) -> Response:
     """VLLM's route by the same way: a version is taken in, and the name becomes its alias."""
-    asked = Load.model_validate(await _body(request, Load))
+    asked = await _body(request, Load)
     version = await _adapters(request).publish(asked.lora_name, asked.lora_path)
     await _adapters(request).point(asked.lora_name, {version.id: 1.0})
     return Response(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
@@ -135,22 +137,25 @@ async def load(request: Request) -> Response:
 @router.post("/v1/unload_lora_adapter")
 async def unload(request: Request) -> Response:
     """VLLM's route by the same way: the alias is forgotten, and its version goes once drained."""
-    asked = Unload.model_validate(await _body(request, Unload))
-    await _adapters(request).remove(asked.lora_name)
+    asked = await _body(request, Unload)
+    if "@" in asked.lora_name:
+        raise InvalidRequest(
+            f"'{asked.lora_name}' is a version, which leaves the engine by itself; to delete it, "
+            "DELETE /v1/adapters/{id}",
+            field="lora_name",
+        )
+    await _adapters(request).drop(asked.lora_name)
     return Response(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
 
 def _adapters(request: Request) -> Any:
-    found = request.app.state.adapters
-    if found is None:
-        raise InvalidRequest("this server has no registry of adapters: set MULL_ADAPTERS")
-    return found
+    return request.app.state.adapters
 
 
-async def _body(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
+async def _body(request: Request, kind: type[T]) -> T:
     raw = await body_of(request.receive, request.app.state.settings.max_body_bytes)
     try:
-        return kind.model_validate_json(raw or b"").model_dump()
+        return kind.model_validate_json(raw or b"")
     except ValidationError as error:
         raise refusal(error, inside="") from error
 

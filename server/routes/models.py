@@ -15,6 +15,9 @@ async def models(request: Request) -> dict[str, Any]:
     if state.adapters is not None:
         await state.adapters.look()
         base, shown = served["data"][0], {card["id"] for card in served["data"]}
+        for card in served["data"]:
+            if card["id"] in state.adapters.names:  # not where it lies on this machine
+                card["root"] = card["id"]
         served["data"] += [
             base | {"id": name, "root": name, "parent": base["id"]}
             for name in sorted(state.adapters.names - shown)

@@ -91,7 +91,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no adapter_model.safetensors"),
     "bad JSON": (lambda folder: (folder / CONFIG).write_text("{"), "not JSON"),
     "JSON of another kind": (lambda folder: (folder / CONFIG).write_text("[]"), "not a JSON obj"),
-    "no rank": (lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA"}'), "Missing"),
+    "no rank": (
+        lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA"}'),
+        "r: Field required",
+    ),
     "rank of another type": (config(r="x"), "adapter_config.json: "),
     "corrupt": (cut, "damaged"),
     "foreign bytes": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 999), "damaged"),

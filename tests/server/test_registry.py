@@ -69,10 +69,20 @@ def test_an_alias_moves_and_rolls_back(registry: Registry):
     assert registry.aliases() == {}
 
 
-@pytest.mark.parametrize("shares", [{}, {"1": 0.5}, {"1": 1.5, "2": -0.5}, {"1": 0.0, "2": 1.0}])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {},
+        {"1": 0.5},
+        {"1": 1.5, "2": -0.5},
+        {"1": 0.0, "2": 1.0},
+        {"1": float("nan")},
+        {"1": float("inf")},
+    ],
+)
 def test_shares_are_positive_and_make_one(registry: Registry, shares: dict[str, float]):
     ids = {text: published(registry, "math", text).id for text in ("1", "2")}
-    with pytest.raises(InvalidRequest, match="make 1 together"):
+    with pytest.raises(InvalidRequest, match=r"make 1 together|finite"):
         registry.point("prod", {ids[one]: share for one, share in shares.items()}, {})
     with pytest.raises(NotFound):
         registry.alias("prod")
@@ -120,4 +130,13 @@ def test_changes_from_many_sides_are_not_lost(registry: Registry):
     assert {id for shares in history for id in shares} == set(ids)
     (registry.root / "aliases" / "prod.json").write_text("{")
     with pytest.raises(InvalidRequest, match="damaged"):
-        registry.aliases()
+        registry.alias("prod")
+    registry.point("other", {ids[0]: 1.0}, {})
+    (registry.root / "versions" / ".DS_Store").touch()
+    (registry.version(ids[1]).folder / "manifest.json").write_text("{")
+    assert registry.aliases().keys() == {"other"}  # the others go on
+    assert {one.id for one in registry.versions()} == set(ids) - {ids[1]}
+    assert set(registry.ids()) == set(ids)
+    registry.point("prod", {ids[2]: 1.0}, {})
+    assert registry.alias("prod").shares == {ids[2]: 1.0}
+    registry.remove(ids[1])

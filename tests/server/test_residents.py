@@ -68,28 +68,55 @@ async def test_the_last_used_stay_and_those_in_use_always():
 
 async def test_what_no_name_means_any_more_goes_when_drained():
     loader = Loader()
-    loader.residents.mean({"old"})
+    every = {"old", "new", "direct", "deleted"}
+    loader.residents.mean({"old"}, every)
     async with loader.residents.hold(version("old")), loader.residents.hold(version("direct")):
-        loader.residents.mean({"new"})
+        loader.residents.mean({"new"}, every)
         await loader.residents.sweep()
         assert loader.held == {"old", "direct"}
     await loader.residents.sweep()
     assert loader.held == {"direct"}  # asked for by its own name
-    loader.residents.mean({"direct"})
-    loader.residents.mean({"new"})
-    loader.residents.mean({"direct"})  # rolled back before it was swept
+    loader.residents.mean({"direct"}, every)
+    loader.residents.mean({"new"}, every)
+    loader.residents.mean({"direct"}, every)  # rolled back before it was swept
     await loader.residents.sweep()
     assert loader.held == {"direct"}
+    async with loader.residents.hold(version("deleted")):
+        pass
+    loader.residents.mean({"direct"}, every - {"deleted"})  # by another server
+    await loader.residents.sweep()
+    assert loader.held == {"direct"}
+
+
+async def test_nobody_waits_for_anothers_load():
+    loader = Loader()
+    loader.residents.mean({"old"}, {"old"})
+    async with loader.residents.hold(version("old")):
+        loader.residents.mean(set(), {"old"})
+
+    async def load() -> None:
+        async with loader.residents.hold(version("a")):
+            pass
+
+    loading = asyncio.ensure_future(load())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(0.0005):  # less than a load takes
+        await loader.residents.sweep()
+    await loading
+    await loader.residents.sweep()
+    assert loader.held == {"a"}
 
 
 async def test_what_is_deleted_is_not_in_use():
     loader = Loader()
     async with loader.residents.hold(version("a")):
         with pytest.raises(Busy, match="in use by 1"):
-            await loader.residents.drop("a")
-    await loader.residents.drop("a")
-    await loader.residents.drop("never")
-    assert loader.held == set()
+            async with loader.residents.without("a"):
+                pass
+    async with loader.residents.without("a"):
+        assert loader.held == set()
+    async with loader.residents.without("never"):
+        pass
 
 
 async def test_a_failed_load_leaves_nothing_behind():
@@ -118,7 +145,7 @@ async def test_a_crowd_never_loses_a_version_under_it():
 
     served = 0
     for start in range(0, 300, 10):
-        loader.residents.mean({"abcdef"[start // 10 % 6]})
+        loader.residents.mean({"abcdef"[start // 10 % 6]}, "abcdef")
         served += sum(await asyncio.gather(*(use(at * 7) for at in range(start, start + 10))))
         await loader.residents.sweep()
     assert served > 100

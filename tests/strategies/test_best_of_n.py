@@ -13,7 +13,7 @@ from strategies.core.budget import Limits
 from strategies.core.errors import VerifierFailed
 from strategies.core.events import Scored, Voted
 from strategies.core.testing import FakeEngine, FakeVerifier, RecordingContext, context
-from strategies.core.types import Candidate, Generation, Outcome, Problem, Verdict
+from strategies.core.types import Candidate, Chunk, Generation, Outcome, Problem, Verdict
 from strategies.likelihood import Likelihood
 
 PROBLEM = Problem(token_ids=(1, 2), max_tokens=4)
@@ -238,4 +238,30 @@ def test_a_model_is_named_once():
     with pytest.raises(ValidationError, match="names one twice"):
         BestOfN(models=("a", "a"))
     assert BestOfN(models=("a",)).drawn_from() == ("a",)
-    assert not BestOfN(models=("a",)).judges_together()
+    assert BestOfN(models=("a",)).judges_together()
+    assert not BestOfN(models=("a", "b")).judges_together()
+    with pytest.raises(ValidationError, match="twice the number"):
+        BestOfN(n=3, models=("a", "b"))
+
+
+async def test_one_model_draws_all_at_once():
+    engine = FakeEngine(by_model)
+    async with context(engine, verifier=FakeVerifier(lambda one: 0.5)) as ctx:
+        outcome = await BestOfN(n=5, models=("good",)).solve(PROBLEM, ctx)
+    assert [one.adapter for one in engine.asked] == ["good"] * 5
+    assert outcome.chosen.answer == "right"
+
+
+async def test_a_lost_sequence_does_not_end_the_rounds():
+    class Losing(FakeEngine):
+        async def generate(self, generation: Generation):
+            if generation.index == 1:
+                yield Chunk(finish_reason="abort")
+                return
+            async for chunk in super().generate(generation):
+                yield chunk
+
+    engine = Losing(by_model)
+    async with context(engine, verifier=FakeVerifier(lambda one: 0.5)) as ctx:
+        outcome = await BestOfN(n=12, models=("good", "bad")).solve(PROBLEM, ctx)
+    assert len(outcome.candidates) == 11
