@@ -59,6 +59,9 @@ class Numbers(Walk):
     def remark(self) -> str:
         return f" (left: {', '.join(map(str, self.values))})"
 
+    def wished(self) -> int | None:
+        return self.target if len(self.values) == 2 else None
+
     def _joined(self, left: int, operator: str, right: int, result: int) -> "Numbers":
         pairs = list(zip(self.values, self.written, strict=True))
         first, second = (

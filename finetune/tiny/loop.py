@@ -196,9 +196,10 @@ def judged(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
     """Each token of the solution is to be followed by a verdict on everything up to it.
 
     The solution stands in the turn of a `verifier`. Verdicts are read at the ends of lines only,
-    but a verdict on every token is learned sooner (Cobbe et al. 2021, arXiv:2110.14168). There are
-    none after the first wrong line (as in Lightman et al. 2023, arXiv:2305.20050): that those lines
-    are worthless is known, and would teach no more than that late lines are.
+    but a verdict on every token is learned sooner (Cobbe et al. 2021, arXiv:2110.14168). After the
+    first wrong line (where Lightman et al. 2023, arXiv:2305.20050, end), only lines that are wrong
+    by themselves have one, at their ends: that the others are worthless is known, and would teach
+    no more than that late lines are.
     """
     assert example.right is not None
     asked = tokenizer(tokenizers.render(example.system, example.prompt, "verifier")).input_ids
@@ -207,8 +208,10 @@ def judged(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
     good, bad = verdicts(tokenizer)
     right = len(written) if example.right > len(example.solution) else example.right
     last = example.solution.find("\n", right) + 1 or len(written)
+    faulty = {min(end, len(example.solution)) for _, end in example.faults}
+    faulty |= {len(written)} if len(example.solution) in faulty else set()
     follows = [
-        (good if end <= right else bad) if start < last else IGNORED
+        (good if end <= right else bad) if start < last else (bad if end in faulty else IGNORED)
         for start, end in solved["offset_mapping"]
     ]
     early = [

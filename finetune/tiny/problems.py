@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from finetune.tiny import countdown, prices, word
 from finetune.tiny.countdown import reaches
-from finetune.tiny.solution import Family, Item, attempt, boxed, right_until, solution
+from finetune.tiny.solution import Family, Item, attempt, boxed, faults, right_until, solution
 
 FAMILIES: tuple[Family, ...] = ("word", "countdown")
 """What pretraining sees; `prices` is kept for adapters."""
@@ -41,19 +41,25 @@ class Example:
     """A question and a solution.
 
     `right` is how many of its leading characters are right, the end being one more; None: it is to
-    be imitated.
+    be imitated. `faults` are the later lines that are wrong by themselves.
     """
 
     system: str | None
     prompt: str
     solution: str
     right: int | None = None
+    faults: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def judging(cls, item: Item, written: str) -> "Example":
         """Somebody's solution of an item, judged."""
-        right = right_until(item, written)
-        return cls(system=None, prompt=item.prompt, solution=written, right=right)
+        return cls(
+            system=None,
+            prompt=item.prompt,
+            solution=written,
+            right=right_until(item, written),
+            faults=tuple(faults(item, written)),
+        )
 
 
 def draw(

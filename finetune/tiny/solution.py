@@ -22,6 +22,9 @@ HELD_OUT = 8
 SLIP = 0.5
 """Of the lines that go wrong in an `attempt`, the share that miscalculates."""
 
+WISH = 0.7
+"""How often an `attempt` without hope claims the result that it needs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -70,6 +73,10 @@ class Walk(ABC):
     def remark(self) -> str:
         """What a line that leads here says after its result."""
         return ""
+
+    def wished(self) -> int | None:
+        """The result that the next line would have if only the answer came out."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +140,8 @@ def attempt(item: Item, rng: random.Random, *, slip: float) -> str:
             break
         move = rng.choices(moves, [move.weight for move in moves])[0]
         value = _near(rng, move.result) if miscalculates else move.result
+        if not good and (wished := at.wished()) is not None and rng.random() < WISH:
+            value = wished
         lines.append(move.line(value))
         at = move.after(value)
     if good and rng.random() < slip / 2:
@@ -168,6 +177,45 @@ def judged(item: Item, text: str) -> list[tuple[str, bool]]:
         ends += len(line) + 1
         judgement.append((line, right >= ends))
     return judgement
+
+
+def faults(item: Item, text: str) -> list[tuple[int, int]]:
+    """Lines after the first wrong one that are wrong by themselves, as (start, end) in characters.
+
+    Those that only follow from a mistake before them are not among them, but a last line is whose
+    answer is wrong.
+    """
+    right, done, found = right_until(item, text), 0, list[tuple[int, int]]()
+    at: Walk | None = item.start
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        end = done + len(line) + 1
+        sound, at = _followed(at, line)
+        last = number == len(lines) - 1
+        if right < done and (not sound or last):
+            found.append((done, end))
+        done = end
+    return found
+
+
+def _followed(at: Walk | None, line: str) -> tuple[bool, Walk | None]:
+    """Whether a line may be written at a place, hopeful or not, and where it leads.
+
+    Where that is not known, nothing is held against the line.
+    """
+    if at is None or at.finished() is not None:
+        return True, None
+    moves = [(move, True) for move in at.moves()] + [(move, False) for move in at.mistakes()]
+    fitting = [(move, allowed) for move, allowed in moves if line.startswith(move.text)]
+    # Of the same words, the right line stands first.
+    for move, allowed in sorted(fitting, key=lambda pair: -len(pair[0].text)):
+        said = re.match("[0-9]+", line[len(move.text) :])
+        if said is None:
+            continue
+        value = int(said.group())
+        written = line == move.line(value)
+        return allowed and written and value == move.result, move.after(value) if written else None
+    return False, None
 
 
 def _common(one: str, other: str) -> int:

@@ -71,8 +71,11 @@ class Sum(Walk):
                 yield from self._taken(replace(fact, sign=-fact.sign), fact)
                 yield from self._taken(replace(fact, each=fact.each + 10), fact)
                 yield from self._taken(replace(fact, each=int(str(fact.each)[::-1])), fact)
-                for other in (*self.todo, *self.done):  # the number of another fact
+                for other in (*self.todo, *self.done):  # one number of another fact, or both
                     yield from self._taken(replace(fact, each=other.each), fact)
+                    if other.count is not None:
+                        both = replace(fact, each=other.each, count=other.count)
+                        yield from self._taken(both, fact)
             for fact in self.done:
                 yield from self._taken(fact)
 

@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise ValueError("it is too long")
         return Manifest.model_validate_json(path.read_text())
     except (OSError, ValueError, ValidationError) as error:
-        raise InvalidRequest(f"{path.name} of adapter '{folder.name}': {error}") from error
+        raise InvalidRequest(f"{path.name} is damaged: {error}", field="path") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

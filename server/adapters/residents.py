@@ -30,10 +30,14 @@ class Residents:
         unload: Callable[[str], Awaitable[None]],
         *,
         most: int,
+        patience_seconds: float = 10.0,
     ) -> None:
+        """`patience_seconds` is how long a load waits until one of those in use is free."""
         self._load = load
         self._unload = unload
         self.most = most
+        self._patience_seconds = patience_seconds
+        self._freed = asyncio.Event()
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         """By version, the last used at the end."""
         self._meant: frozenset[str] = frozenset()
@@ -52,7 +56,7 @@ class Residents:
         """Have a version in the engine while the block lasts.
 
         Raises:
-            Busy: As many others are in use as there may be.
+            Busy: As many others were in use, all the time, as there may be.
         """
         if version.id not in self._slots:
             async with self._changing:
@@ -67,6 +71,8 @@ class Residents:
             yield
         finally:
             slot.users -= 1
+            if not slot.users:
+                self._freed.set()
 
     def _take(self, id: str) -> _Slot:
         """Without awaiting, so that it cannot go between."""
@@ -114,13 +120,19 @@ class Residents:
     async def _make_room(self) -> None:
         while len(self._slots) >= self.most:
             idle = next((id for id, slot in self._slots.items() if not slot.users), None)
-            if idle is None:
+            if idle is not None:
+                await self._drop(idle)
+                continue
+            self._freed.clear()
+            try:
+                async with asyncio.timeout(self._patience_seconds):
+                    await self._freed.wait()
+            except TimeoutError:
                 raise Busy(
                     f"{self.most} adapters are in use, and the engine holds no more "
                     "(--max-cpu-loras)",
                     seconds=1,
-                )
-            await self._drop(idle)
+                ) from None
 
     async def _drop(self, id: str) -> None:
         if not self._slots[id].users:

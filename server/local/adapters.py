@@ -129,6 +129,8 @@ class Adapters:
         self._looking = asyncio.Lock()
         self._aliases: Mapping[str, Alias] = {}
         self._versions: Collection[str] = frozenset()
+        self._fitting: set[str] = set()
+        """Versions that were looked at, and do not change."""
         self._plain: list[float] | None = None
         """The canary's log-probabilities without any adapter."""
 
@@ -163,7 +165,8 @@ class Adapters:
                 self._looked = time.monotonic()
                 meant = {id for alias in self._aliases.values() for id in alias.shares}
                 self._residents.mean(meant, self._versions)
-        await self._residents.sweep()
+        if not at_once:  # who changes something does not wait for the engine to forget
+            await self._residents.sweep()
 
     def _read(self) -> tuple[Mapping[str, Alias], Collection[str]]:
         return self._registry.aliases(), frozenset(self._registry.ids())
@@ -219,7 +222,9 @@ class Adapters:
             if read_manifest(into) is None:  # anyone's peft: what it is for is not known
                 write_manifest(into, Manifest(schema_version=1, kind="policy"))
             self._fits(into)
-            return self._registry.publish(name, into, digest)
+            version, new = self._registry.publish(name, into, digest)
+            self._fitting.add(version.id)
+            return version, new
 
     def _fits(self, folder: Path) -> None:
         manifest = read_manifest(folder)
@@ -230,7 +235,12 @@ class Adapters:
                 field="path",
             )
         if manifest is not None and manifest.judging is not None:
-            token_ids(self._base.tokenizer(), manifest.judging.labels)
+            try:
+                token_ids(self._base.tokenizer(), manifest.judging.labels)
+            except InvalidRequest as error:
+                raise InvalidRequest(
+                    f"the adapter cannot be served: {error}", field="path"
+                ) from error
         examine(folder, self._served)
 
     async def point(self, name: str, shares: Shares) -> Alias:
@@ -310,7 +320,9 @@ class Adapters:
 
     async def _load(self, version: Version) -> None:
         """Into the engine, looked at before and tried after; if it fails, nothing is left there."""
-        await asyncio.to_thread(self._fits, version.folder)
+        if version.id not in self._fitting:
+            await asyncio.to_thread(self._fits, version.folder)
+            self._fitting.add(version.id)
         request = LoRARequest(
             version.id, self._models.lora_id_counter.inc(1), str(version.folder.resolve())
         )

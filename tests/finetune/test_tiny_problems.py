@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from finetune.tiny import countdown, word
 from finetune.tiny.countdown import operations, solvable, value_of
 from finetune.tiny.problems import FAMILIES, Example, draw, exam, examples, grade
-from finetune.tiny.solution import Item, attempt, boxed, judged, right_until, solution
+from finetune.tiny.solution import (
+    Item,
+    answered,
+    attempt,
+    boxed,
+    faults,
+    judged,
+    right_until,
+    solution,
+)
 
 ALL = (*FAMILIES, "prices")
 
@@ -232,3 +241,51 @@ def test_right_is_what_leads_to_the_answer_character_by_character():
     item = draw(rng, held_out=False, family="countdown", steps=2)
     last = solution(item, rng).split("\n")[-1]
     assert right_until(item, last) == 0  # an answer that was not worked out
+
+
+def countdown_item(numbers: tuple[int, ...], target: int) -> Item:
+    ordered = tuple(sorted(numbers))
+    return Item(
+        family="countdown",
+        steps=len(numbers) - 1,
+        prompt="",
+        answer=str(target),
+        identity="",
+        start=countdown.Numbers(target, ordered, tuple(map(str, ordered))),
+        numbers=numbers,
+        target=target,
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "wrong"),
+    [
+        ("11 - 6 = 5 (left: 2, 5)\n5 * 2 = 14 (left: 14)\n{}", [1, 2]),  # claimed, not computed
+        ("11 - 6 = 5 (left: 2, 5)\n5 * 2 = 10 (left: 10)\n{}", [2]),  # honest, and lost
+        ("11 + 6 = 17 (left: 2, 17)\n17 - 3 = 14 (left: 14)\n{}", [1, 2]),  # there is no 3
+        ("11 - 6 = 5 (left: 2, 5)\n5 * 2 = 10 (left: 14)\n{}", [1, 2]),
+        ("6 / 2 = 3 (left: 3, 11)\n11 + 3 = 14 (left: 14)\n{}", []),
+    ],
+)
+def test_later_lines_are_faulty_by_themselves_or_follow_in_good_faith(
+    written: str, wrong: list[int]
+):
+    item = countdown_item((6, 2, 11), 14)
+    right = "11 + (6 / 2)"
+    text = written.format(answered(right if not wrong else "(11 - 6) * 2"))
+    lines = text.split("\n")
+    starts = [sum(len(line) + 1 for line in lines[:at]) for at in range(len(lines))]
+    assert faults(item, text) == [(starts[at], starts[at] + len(lines[at]) + 1) for at in wrong]
+
+
+def test_made_up_attempts_without_hope_mostly_claim_what_they_need():
+    rng = random.Random(5)
+    lost = claimed = 0
+    while lost < 300:
+        item = draw(rng, held_out=False, family="countdown")
+        text = attempt(item, rng, slip=0.5)
+        *_, before, _ = ["", *text.split("\n")]
+        if right_until(item, text) <= len(text) and "(left:" in before and "," not in before:
+            lost += 1
+            claimed += before.endswith(f"(left: {item.target})")
+    assert 0.4 < claimed / lost < 0.9

@@ -20,7 +20,7 @@ class Loader:
     def __init__(self, most: int = 3) -> None:
         self.held: set[str] = set()
         self.loads: list[str] = []
-        self.residents = Residents(self.load, self.unload, most=most)
+        self.residents = Residents(self.load, self.unload, most=most, patience_seconds=0.05)
 
     async def load(self, version: Version) -> None:
         await asyncio.sleep(0.001)
@@ -64,6 +64,17 @@ async def test_the_last_used_stay_and_those_in_use_always():
                     pass
     async with loader.residents.hold(version("c")):
         assert loader.held == {"a", "b", "c"}
+
+
+async def test_a_load_waits_until_one_in_use_is_free():
+    loader = Loader()
+
+    async def use(id: str, seconds: float) -> None:
+        async with loader.residents.hold(version(id)):
+            await asyncio.sleep(seconds)
+
+    await asyncio.gather(*(use(id, 0.02) for id in "abcdef"))
+    assert set(loader.loads) == set("abcdef")
 
 
 async def test_what_no_name_means_any_more_goes_when_drained():
@@ -148,5 +159,5 @@ async def test_a_crowd_never_loses_a_version_under_it():
         loader.residents.mean({"abcdef"[start // 10 % 6]}, "abcdef")
         served += sum(await asyncio.gather(*(use(at * 7) for at in range(start, start + 10))))
         await loader.residents.sweep()
-    assert served > 100
+    assert served > 250
     assert len(loader.held) <= 3
