@@ -42,7 +42,8 @@ class Choosing:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         path = scope.get("path", "")
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in _READ:
+        read = ENDPOINTS + MANY if self._names() is None else _READ
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in read:
             await self._app(scope, receive, send)
             return
         async with AsyncExitStack() as stack:

@@ -150,9 +150,7 @@ class Registry:
         Raises:
             NotFound: There is none.
         """
-        folder = self._versions / id
-        if _VERSION.fullmatch(id) is None or not folder.is_dir():
-            raise NotFound(f"there is no adapter '{id[:200]}'")
+        folder = self._folder(id)
         return Version(id=id, folder=folder, manifest=read_manifest(folder))
 
     def ids(self) -> list[str]:
@@ -176,9 +174,7 @@ class Registry:
             NotFound: There is none.
             InvalidRequest: An alias means it.
         """
-        folder = self._versions / id
-        if _VERSION.fullmatch(id) is None or not folder.is_dir():
-            raise NotFound(f"there is no adapter '{id[:200]}'")
+        folder = self._folder(id)
         for name, alias in self.aliases().items():
             if id in alias.shares:
                 raise InvalidRequest(f"alias '{name}' means '{id}': move it first", field="id")
@@ -209,9 +205,7 @@ class Registry:
             NotFound: There is none.
             InvalidRequest: Its file is damaged.
         """
-        if re.fullmatch(NAME, name) is None:
-            raise NotFound(f"there is no alias '{name[:200]}'")
-        path = self._aliases / f"{name}.json"
+        path = self._file(name)
         try:
             return Alias.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -269,10 +263,8 @@ class Registry:
             NotFound: There is none.
         """
         with self._locked():
-            if re.fullmatch(NAME, name) is None:
-                raise NotFound(f"there is no alias '{name[:200]}'")
             try:
-                (self._aliases / f"{name}.json").unlink()
+                self._file(name).unlink()
             except FileNotFoundError:
                 raise NotFound(f"there is no alias '{name}'") from None
 
@@ -285,6 +277,17 @@ class Registry:
                     at = entry.stat()
                     found.append((entry.path, at.st_ino, at.st_mtime_ns))
         return tuple(sorted(found))
+
+    def _folder(self, id: str) -> Path:
+        folder = self._versions / id
+        if _VERSION.fullmatch(id) is None or not folder.is_dir():
+            raise NotFound(f"there is no adapter '{id[:200]}'")
+        return folder
+
+    def _file(self, alias: str) -> Path:
+        if re.fullmatch(NAME, alias) is None:
+            raise NotFound(f"there is no alias '{alias[:200]}'")
+        return self._aliases / f"{alias}.json"
 
     def _pass(self, version: Version, before: Alias | None, gate: Gate) -> None:
         if before is not None and version.id in before.shares:
