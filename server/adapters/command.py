@@ -21,6 +21,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     pointed = asked.add_parser("point", help="let an alias mean a version, or several by shares")
     pointed.add_argument("alias")
     pointed.add_argument("versions", nargs="+", metavar="VERSION[=SHARE]")
+    pointed.add_argument(
+        "--pinned",
+        action=argparse.BooleanOptionalAction,
+        help="whether what it means stays in the engine; as it was, if not said",
+    )
     rolled = asked.add_parser("rollback", help="let an alias mean what it meant before")
     rolled.add_argument("alias")
     removed = asked.add_parser("remove", help="forget an alias, or delete a version")
@@ -58,7 +63,8 @@ def _request(options: argparse.Namespace) -> tuple[str, str, Any]:
             shares = [one.partition("=") for one in options.versions]
             whole = 1 / len(shares)
             versions = {id: float(share) if share else whole for id, _, share in shares}
-            return "PUT", f"/{options.alias}", {"versions": versions}
+            pinned = {} if options.pinned is None else {"pinned": options.pinned}
+            return "PUT", f"/{options.alias}", {"versions": versions} | pinned
         case "rollback":
             return "POST", f"/{options.alias}/rollback", None
         case "remove":
@@ -82,7 +88,7 @@ def _table(listed: dict[str, Any]) -> Table:
             for name in card["aliases"]
         ]
         measured = "\n".join(f"{name} {worth:g}" for name, worth in card["evaluation"].items())
-        resident = "yes" if card["resident"] else ""
+        resident = "pinned" if card["pinned"] else "yes" if card["resident"] else ""
         row = (card["id"], card["kind"], "\n".join(shares), measured, resident)
         table.add_row(*row, str(card["requests"]))
     return table

@@ -81,6 +81,8 @@ class Alias(BaseModel):
 
     history: list[Shares] = Field(min_length=1, max_length=_KEPT)
     """The last is what it means."""
+    pinned: bool = False
+    """Whether what it means stays in the engine once it is there."""
 
     @field_validator("history")
     @classmethod
@@ -97,9 +99,12 @@ class Alias(BaseModel):
         """What it means now."""
         return self.history[-1]
 
-    def moved(self, shares: Shares) -> Self:
+    def moved(self, shares: Shares, pinned: bool | None) -> Self:
         """The same with another meaning."""
-        return type(self)(history=[*self.history, shares][-_KEPT:])
+        return type(self)(
+            history=[*self.history, shares][-_KEPT:],
+            pinned=self.pinned if pinned is None else pinned,
+        )
 
 
 class Registry:
@@ -213,8 +218,10 @@ class Registry:
         except (OSError, ValidationError) as error:
             raise InvalidRequest(f"alias '{name}' is damaged: {error}", field="alias") from error
 
-    def point(self, name: str, shares: Shares, gate: Gate) -> Alias:
+    def point(self, name: str, shares: Shares, gate: Gate, *, pinned: bool | None = None) -> Alias:
         """Let an alias mean these versions from now on, if they pass the gate.
+
+        Without `pinned` it stays pinned, or not, as it was.
 
         Raises:
             InvalidRequest: A version does not pass, or the shares are none.
@@ -228,7 +235,11 @@ class Registry:
             for id in shares:
                 self._pass(self.version(id), before, gate)
             try:
-                after = Alias(history=[shares]) if before is None else before.moved(shares)
+                after = (
+                    Alias(history=[shares], pinned=bool(pinned))
+                    if before is None
+                    else before.moved(shares, pinned)
+                )
             except ValidationError as error:
                 raise InvalidRequest(error.errors()[0]["msg"], field="versions") from None
             self._write(name, after)
@@ -245,7 +256,7 @@ class Registry:
             now = self.alias(name)
             if len(now.history) == 1:
                 raise InvalidRequest(f"alias '{name}' never meant anything else", field="alias")
-            before = Alias(history=now.history[:-1])
+            before = Alias(history=now.history[:-1], pinned=now.pinned)
             for id in before.shares:
                 try:
                     self.version(id)

@@ -18,7 +18,7 @@ class _Slot:
 
 
 class Residents:
-    """At most so many versions in the engine; those in use stay, then the last used.
+    """At most so many versions in the engine; those in use and pinned stay, then the last used.
 
     `load` and `unload` are told versions, one at a time. A version that is loaded again after it
     was unloaded is another adapter to the engine.
@@ -41,6 +41,7 @@ class Residents:
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         """By version, the last used at the end."""
         self._meant: frozenset[str] = frozenset()
+        self._pinned: frozenset[str] = frozenset()
         self._changing = asyncio.Lock()
 
     def __contains__(self, id: str) -> bool:
@@ -81,15 +82,18 @@ class Residents:
         self._slots.move_to_end(id)
         return slot
 
-    def mean(self, ids: Collection[str], existing: Collection[str]) -> None:
+    def mean(
+        self, ids: Collection[str], existing: Collection[str], pinned: Collection[str] = ()
+    ) -> None:
         """The versions that names mean now, of those that exist.
 
-        What names meant until now goes once drained, and so does what was deleted.
+        What names meant until now goes once drained, and so does what was deleted. What is pinned
+        does not make room for others.
         """
         for id, slot in self._slots.items():
             dropped = slot.retired or id in self._meant or id not in existing
             slot.retired = id not in ids and dropped
-        self._meant = frozenset(ids)
+        self._meant, self._pinned = frozenset(ids), frozenset(pinned)
 
     async def sweep(self) -> None:
         """Drop what is retired and idle; never waits for others' changes."""
@@ -119,7 +123,14 @@ class Residents:
 
     async def _make_room(self) -> None:
         while len(self._slots) >= self.most:
-            idle = next((id for id, slot in self._slots.items() if not slot.users), None)
+            idle = next(
+                (
+                    id
+                    for id, slot in self._slots.items()
+                    if not slot.users and (slot.retired or id not in self._pinned)
+                ),
+                None,
+            )
             if idle is not None:
                 await self._drop(idle)
                 continue
@@ -129,7 +140,7 @@ class Residents:
                     await self._freed.wait()
             except TimeoutError:
                 raise Busy(
-                    f"{self.most} adapters are in use, and the engine holds no more "
+                    f"{self.most} adapters are in use or pinned, and the engine holds no more "
                     "(--max-cpu-loras)",
                     seconds=1,
                 ) from None

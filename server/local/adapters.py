@@ -164,9 +164,18 @@ class Adapters:
                     _log.exception("the registry of adapters cannot be read")
                 self._looked = time.monotonic()
                 meant = {id for alias in self._aliases.values() for id in alias.shares}
-                self._residents.mean(meant, self._versions)
+                self._residents.mean(meant, self._versions, self._pinned())
         if not at_once:  # who changes something does not wait for the engine to forget
             await self._residents.sweep()
+
+    def _pinned(self, but: str | None = None) -> set[str]:
+        """What pinned aliases mean, one alias left out."""
+        return {
+            id
+            for name, alias in self._aliases.items()
+            if alias.pinned and name != but
+            for id in alias.shares
+        }
 
     def _read(self) -> tuple[Mapping[str, Alias], Collection[str]]:
         return self._registry.aliases(), frozenset(self._registry.ids())
@@ -243,17 +252,24 @@ class Adapters:
                 ) from error
         examine(folder, self._served)
 
-    async def point(self, name: str, shares: Shares) -> Alias:
+    async def point(self, name: str, shares: Shares, *, pinned: bool | None = None) -> Alias:
         """Let an alias mean these versions, loaded before the first request comes.
 
         Raises:
-            InvalidRequest: They do not pass the gate, or the name is taken.
+            InvalidRequest: They do not pass the gate, the name is taken, or no room is left beside
+                what is pinned.
             NotFound: There is no such version.
         """
         if name in self._static or self._models.is_base_model(name):
             raise InvalidRequest(f"'{name}' is served already, and no alias", field="alias")
+        await self.look(at_once=True)
+        before = self._aliases.get(name)
+        if pinned or (pinned is None and before is not None and before.pinned):
+            self._leave_room(len({*shares, *self._pinned(but=name)}))
         await self._prepare(shares)
-        alias = await asyncio.to_thread(self._registry.point, name, shares, self._gate)
+        alias = await asyncio.to_thread(
+            self._registry.point, name, shares, self._gate, pinned=pinned
+        )
         await self.look(at_once=True)
         return alias
 
@@ -266,6 +282,14 @@ class Adapters:
         alias = await asyncio.to_thread(self._registry.roll_back, name)
         await self.look(at_once=True)
         return alias
+
+    def _leave_room(self, pinned: int) -> None:
+        if pinned >= self.most:
+            raise InvalidRequest(
+                f"{pinned} adapters would be pinned, and the engine holds {self.most} "
+                "(--max-cpu-loras): one place is left free",
+                field="pinned",
+            )
 
     async def _prepare(self, shares: Shares) -> None:
         if len(shares) > self.most:
@@ -302,7 +326,7 @@ class Adapters:
         """Every version as its operator reads of it, and every alias."""
         await self.look(at_once=True)
         versions = await asyncio.to_thread(self._registry.versions)
-        aliases, in_use = self._aliases, self._residents.in_use
+        aliases, in_use, pinned = self._aliases, self._residents.in_use, self._pinned()
         cards = [
             {
                 "id": one.id,
@@ -312,6 +336,7 @@ class Adapters:
                 "evaluation": {} if one.manifest is None else one.manifest.evaluation,
                 "aliases": [name for name, alias in aliases.items() if one.id in alias.shares],
                 "resident": one.id in self._residents,
+                "pinned": one.id in pinned,
                 "requests": in_use.get(one.id, 0),
             }
             for one in versions

@@ -54,6 +54,10 @@ class Point(_Body):
     versions: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
         default=None, max_length=16, description="By version, its share of requests; 1 together."
     )
+    pinned: bool | None = Field(
+        default=None,
+        description="Whether what it means stays in the engine; as it was, if not said.",
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Point":
@@ -108,7 +112,8 @@ async def publish(request: Request) -> Response:
 async def point(alias: str, request: Request) -> dict[str, Any]:
     """Let an alias mean a version, or several by shares: new requests are served by these."""
     asked = await _body(request, Point)
-    return _told(alias, await _adapters(request).point(alias, asked.shares))
+    moved = await _adapters(request).point(alias, asked.shares, pinned=asked.pinned)
+    return _told(alias, moved)
 
 
 @router.post("/v1/adapters/{alias}/rollback")
@@ -165,5 +170,6 @@ def _told(name: str, alias: Alias) -> dict[str, Any]:
         "id": name,
         "object": "adapter.alias",
         "versions": alias.shares,
+        "pinned": alias.pinned,
         "previous": alias.history[-2] if len(alias.history) > 1 else None,
     }

@@ -221,6 +221,25 @@ def test_an_alias_shares_its_requests_out(api: httpx.Client, versions: dict[str,
     assert gone.status_code == 404
 
 
+def test_a_pinned_alias_stays_in_the_engine(api: httpx.Client, versions: dict[str, str]):
+    """Five fit: all the others are used, and the pinned one is not pushed out."""
+    one, *others = versions
+    told = point(api, "kept", version=one, pinned=True)
+    assert told.json()["pinned"] is True
+    for other in others:
+        assert says(api, other, max_tokens=1)[0] == other
+    cards = {card["id"]: card for card in api.get("/v1/adapters", headers=ADMIN).json()["data"]}
+    assert cards[one]["resident"]
+    assert {id for id in cards if cards[id]["pinned"]} == {one}
+    five = dict.fromkeys(list(versions)[:5], 0.2)
+    refused = point(api, "kept", versions=five)  # it would still be pinned
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "pinned"
+    assert point(api, "kept", versions=five, pinned=False).json()["pinned"] is False
+    assert api.post("/v1/adapters/kept/rollback", headers=ADMIN).json()["versions"] == {one: 1.0}
+    assert api.delete("/v1/adapters/kept", headers=ADMIN).status_code == 200
+
+
 def test_vllms_own_routes_go_the_same_way(api: httpx.Client, versions: dict[str, str]):
     first = next(iter(versions))
     body = {"lora_name": "own", "lora_path": "0"}
@@ -472,6 +491,38 @@ async def test_flips_under_load_lose_nothing_and_mix_nothing(served, versions: d
     print(f"{exact.total()} searches, POST p50 {sorted(seconds)[25]:.3f} s")
     print(f"p95 {sorted(seconds)[47]:.3f} s, slowest {max(seconds):.3f} s")
     assert sorted(seconds)[47] <= 1.0  # 0.17 to 0.33 on two quiet cores
+
+
+@pytest.mark.slow
+async def test_two_slots_serve_the_base_and_eight_adapters_exactly(
+    serve, environment, versions, tmp_path
+):
+    """200 greedy requests at once, in float32, where a batch's size breaks no ties."""
+    rng = random.Random(0)
+    names = ["mull-tiny", *versions]
+    asked = [
+        {
+            "model": names[at % len(names)],
+            "prompt": f"Tom has {rng.randint(2, 99)} apples. He finds {rng.randint(2, 99)}.",
+            "temperature": 0,
+            "max_tokens": rng.randint(8, 40),
+        }
+        for at in range(200)
+    ]
+    flags = ("--dtype", "float32", "--max-loras", "2", "--max-cpu-loras", "8")
+    with serve(tmp_path / "log", *flags, **environment) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+
+            async def say(body: dict[str, Any]) -> str:
+                reply = await client.post("/v1/completions", json=body)
+                assert reply.status_code == 200, reply.text
+                assert reply.json()["model"] == body["model"]
+                return reply.json()["choices"][0]["text"]
+
+            together = await asyncio.gather(*map(say, asked))
+            alone = [await say(body) for body in asked]
+    assert together == alone
+    assert len({(body["model"], said) for body, said in zip(asked, alone, strict=True)}) > 150
 
 
 @pytest.mark.slow

@@ -59,11 +59,27 @@ async def test_the_last_used_stay_and_those_in_use_always():
                 pass
         assert loader.held == {"used", "a", "b"}
         async with loader.residents.hold(version("a")), loader.residents.hold(version("b")):
-            with pytest.raises(Busy, match="3 adapters are in use"):
+            with pytest.raises(Busy, match="3 adapters are in use or pinned"):
                 async with loader.residents.hold(version("c")):
                     pass
     async with loader.residents.hold(version("c")):
         assert loader.held == {"a", "b", "c"}
+
+
+async def test_pinned_ones_never_make_room():
+    loader = Loader()
+    for id in "abc":
+        async with loader.residents.hold(version(id)):
+            pass
+    loader.residents.mean({"a", "b", "c", "d"}, "abcd", pinned={"a", "c"})
+    async with loader.residents.hold(version("d")):
+        assert loader.held == {"a", "c", "d"}
+        with pytest.raises(Busy, match="in use or pinned"):
+            async with loader.residents.hold(version("b")):
+                pass
+    loader.residents.mean({"b", "c"}, "abcd", pinned={"a", "c"})  # no name means "a" any more
+    await loader.residents.sweep()
+    assert loader.held == {"c"}
 
 
 async def test_a_load_waits_until_one_in_use_is_free():
