@@ -20,9 +20,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.adapter import Base, Manifest, publishing
+from finetune.muon import Muon
 from finetune.tiny import loop, sampling
 from finetune.tiny import tokenizer as tokenizers
-from finetune.tiny.muon import Muon
 from finetune.tiny.problems import FAMILIES, Example, draw, examples
 from models import MULL_TINY
 

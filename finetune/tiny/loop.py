@@ -185,10 +185,17 @@ class Loss(torch.nn.Module):
 
 
 def imitated(tokenizer: PreTrainedTokenizerFast, example: Example) -> Row:
-    """The solution is to be written."""
+    """The solution is to be written, or the results in it, if it is no way to the answer."""
     asked = tokenizer(tokenizers.render(example.system, example.prompt)).input_ids
-    solved = tokenizer(example.solution + tokenizers.END).input_ids
-    follows = [IGNORED] * (len(asked) - 1) + solved + [IGNORED]
+    written = tokenizer(example.solution + tokenizers.END, return_offsets_mapping=True)
+    solved = written.input_ids
+    taught = example.taught or ((0, len(example.solution) + 1),)
+    ends = (min(end, len(example.solution) + 1) for _, end in written["offset_mapping"])
+    said = [
+        token if any(begin < end <= last for begin, last in taught) else IGNORED
+        for token, end in zip(solved, ends, strict=True)
+    ]
+    follows = [IGNORED] * (len(asked) - 1) + said + [IGNORED]
     return Row(asked + solved, follows, follows)
 
 

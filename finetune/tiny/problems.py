@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 
 from finetune.tiny import countdown, prices, word
 from finetune.tiny.countdown import reaches
-from finetune.tiny.solution import Family, Item, attempt, boxed, faults, right_until, solution
+from finetune.tiny.solution import (
+    Family,
+    Item,
+    attempt,
+    boxed,
+    faults,
+    right_until,
+    solution,
+    wander,
+)
 
 FAMILIES: tuple[Family, ...] = ("word", "countdown")
 """What pretraining sees; `prices` is kept for adapters."""
@@ -23,6 +32,13 @@ INSTRUCTION = " Please reason step by step, and put your final answer within \\b
 
 SLIPS: dict[Family, float] = {"word": 0.12, "countdown": 0.25, "prices": 0.25}
 """How often a line goes wrong in the attempts that verification is learned from."""
+
+WANDERED: dict[Family, float] = {"word": 0.0, "countdown": 0.3, "prices": 0.0}
+"""How often a solution to imitate is a walk at random, of which only the results are imitated.
+
+Right solutions of countdown all end with the target, so from them alone a model learns to write the
+target last, whatever the operation makes.
+"""
 
 _PROBLEM: dict[Family, Callable[[random.Random, int], Item]] = {
     "word": word.problem,
@@ -41,7 +57,8 @@ class Example:
     """A question and a solution.
 
     `right` is how many of its leading characters are right, the end being one more; None: it is to
-    be imitated. `faults` are the later lines that are wrong by themselves.
+    be imitated, in `taught` only if there are such places. `faults` are the later lines that are
+    wrong by themselves.
     """
 
     system: str | None
@@ -49,6 +66,7 @@ class Example:
     solution: str
     right: int | None = None
     faults: tuple[tuple[int, int], ...] = ()
+    taught: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def judging(cls, item: Item, written: str) -> "Example":
@@ -113,6 +131,9 @@ def examples(
         if rng.random() < verified:
             written = attempt(item, rng, slip=SLIPS[family])
             yield replace(Example.judging(item, written), system=system, prompt=prompt)
+        elif rng.random() < WANDERED[family]:
+            walked, results = wander(item, rng)
+            yield Example(system=system, prompt=prompt, solution=walked, taught=results)
         else:
             yield Example(system=system, prompt=prompt, solution=solution(item, rng))
 

@@ -149,6 +149,28 @@ def attempt(item: Item, rng: random.Random, *, slip: float) -> str:
     return "\n".join([*lines, answered(answer)])
 
 
+def wander(item: Item, rng: random.Random) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """A walk with right arithmetic wherever it leads, and where its results stand in it.
+
+    The results, as (start, end) in characters, run to the ends of their lines; the last line is
+    one as a whole.
+    """
+    at, lines, results = item.start, list[str](), list[tuple[int, int]]()
+    done = 0
+    while (answer := at.finished()) is None:
+        moves = list(at.moves())
+        if not moves:
+            answer = at.abandoned()
+            break
+        move = rng.choices(moves, [move.weight for move in moves])[0]
+        lines.append(move.line())
+        results.append((done + len(move.text), done + len(lines[-1]) + 1))
+        done += len(lines[-1]) + 1
+        at = move.after(move.result)
+    lines.append(answered(answer))
+    return "\n".join(lines), (*results, (done, done + len(lines[-1]) + 1))
+
+
 def right_until(item: Item, text: str) -> int:
     """How many leading characters of a written solution are right; its end counts as one more.
 
@@ -183,7 +205,7 @@ def faults(item: Item, text: str) -> list[tuple[int, int]]:
     """Lines after the first wrong one that are wrong by themselves, as (start, end) in characters.
 
     Those that only follow from a mistake before them are not among them, but a last line is whose
-    answer is wrong.
+    answer is wrong, and one after which nothing is left to do and the answer is wrong.
     """
     right, done, found = right_until(item, text), 0, list[tuple[int, int]]()
     at: Walk | None = item.start
@@ -192,7 +214,8 @@ def faults(item: Item, text: str) -> list[tuple[int, int]]:
         end = done + len(line) + 1
         sound, at = _followed(at, line)
         last = number == len(lines) - 1
-        if right < done and (not sound or last):
+        missed = at is not None and at.finished() is not None and not at.hopeful()
+        if right < done and (not sound or last or missed):
             found.append((done, end))
         done = end
     return found

@@ -2,15 +2,18 @@
 
 Data-parallel over CPU processes in float32, Muon for the matrices and AdamW for the rest. The loss
 is on solutions to imitate, and on solutions to judge as far as their first wrong line, token by
-token; an earlier layer learns to tell the next token, too. A run killed half-way continues from its
-last checkpoint, and draws the same batches that it would have drawn; a checkpoint of another
-recipe, or of other data, is refused.
+token; an earlier layer learns to tell the next token, too. Towards the end most solutions to judge
+are the model's own: made-up mistakes are not those that it makes. A run killed half-way continues
+from its last checkpoint, and draws the same batches that it would have drawn; a checkpoint of
+another recipe, or of other data, is refused.
 """
 
 import argparse
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -19,10 +22,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from finetune.tiny import loop
+from finetune.muon import Muon
+from finetune.tiny import loop, sampling
 from finetune.tiny import tokenizer as tokenizers
-from finetune.tiny.muon import Muon
-from finetune.tiny.problems import examples
+from finetune.tiny.problems import Example, draw, examples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,13 @@ class Recipe:
     processes: int = 2
     verified: float = 0.4
     """The share of sequences that are to be judged, not imitated."""
+    own_from: int = 3300
+    """The step after which the model samples solutions of its own, to be judged."""
+    own_samples: int = 10_000
+    own_share: float = 0.75
+    """Of the sequences that are to be judged, from then on."""
+    own_verified: float = 0.6
+    """What `verified` is from then on."""
     exit_layer: int = 3
     """The layer that is to know the next token, too; the others compare with it. 0: none."""
     exit_weight: float = 0.5
@@ -86,7 +96,8 @@ def run(recipe: Recipe, out: Path, work: Path, save_every: int) -> None:
             raise SystemExit(f"{checkpoint} was made from other data; choose another --work")
     work.mkdir(parents=True, exist_ok=True)
     loop.processes(_train, recipe.processes, recipe, out, checkpoint, save_every)
-    checkpoint.unlink(missing_ok=True)
+    for left in (checkpoint, *work.glob("own-*.json")):
+        left.unlink(missing_ok=True)
 
 
 def _data(recipe: Recipe) -> str:
@@ -122,7 +133,7 @@ def _train(rank: int, recipe: Recipe, out: Path, checkpoint: Path, save_every: i
     steps = loop.descend(
         loop.Loss(model, exit_layer=recipe.exit_layer, exit_weight=recipe.exit_weight),
         optimizers,
-        _batches(recipe, rank, tokenizer, done.steps),
+        _batches(recipe, rank, tokenizer, done.steps, model, checkpoint.parent),
         steps=recipe.steps,
         schedule=lambda step: _schedule(recipe, step),
         done=done,
@@ -178,18 +189,61 @@ def _schedule(recipe: Recipe, step: int) -> float:
 
 
 def _batches(
-    recipe: Recipe, rank: int, tokenizer: PreTrainedTokenizerFast, start: int
+    recipe: Recipe,
+    rank: int,
+    tokenizer: PreTrainedTokenizerFast,
+    start: int,
+    model: Qwen3ForCausalLM,
+    work: Path,
 ) -> Iterator[loop.Batch]:
+    """From step `start` on; `model` is asked for its own solutions when the time has come."""
+
     def rows(pool: int) -> Iterator[loop.Row]:
         rng = random.Random(f"pool {recipe.seed} {pool} {rank}")
-        for example in examples(rng, verified=recipe.verified):
-            if example.right is None:
-                yield loop.imitated(tokenizer, example)
-            else:
-                yield loop.judged(tokenizer, example)
+        return map(row, examples(rng, verified=recipe.verified))
+
+    def row(example: Example) -> loop.Row:
+        return (loop.imitated if example.right is None else loop.judged)(tokenizer, example)
 
     pad = loop.token_id(tokenizer, tokenizers.PAD)
-    return loop.pooled(rows, batch=recipe.batch, pad=pad, seed=str(recipe.seed), start=start)
+    pooled = partial(loop.pooled, batch=recipe.batch, pad=pad)
+    before = max(0, recipe.own_from - start)
+    yield from islice(pooled(rows, seed=str(recipe.seed), start=start), before)
+    own = _own(recipe, rank, tokenizer, model, work / f"own-{rank}.json", anew=before > 0)
+
+    def rows_with_own(pool: int) -> Iterator[loop.Row]:
+        rng = random.Random(f"pool with own {recipe.seed} {pool} {rank}")
+        imitated, made_up = examples(rng), examples(rng, verified=1.0)
+        while True:
+            if rng.random() >= recipe.own_verified:
+                yield row(next(imitated))
+            else:
+                yield row(rng.choice(own) if rng.random() < recipe.own_share else next(made_up))
+
+    late = max(0, start - recipe.own_from)
+    yield from pooled(rows_with_own, seed=f"{recipe.seed} with own", start=late)
+
+
+def _own(
+    recipe: Recipe,
+    rank: int,
+    tokenizer: PreTrainedTokenizerFast,
+    model: Qwen3ForCausalLM,
+    kept: Path,
+    *,
+    anew: bool,
+) -> list[Example]:
+    """Solutions of the model as it is now, judged; `kept` has them if a stopped run goes on."""
+    rng = random.Random(f"own {recipe.seed} {rank}")
+    items = [draw(rng, held_out=False) for _ in range(recipe.own_samples // recipe.processes)]
+    if anew or not kept.exists():
+        torch.manual_seed(rng.getrandbits(40))
+        model.eval()
+        texts = sampling.sample(model, tokenizer, items, temperature=1.0, shown=rank == 0)
+        model.train()
+        kept.write_text(json.dumps(texts))
+    texts = json.loads(kept.read_text())
+    return [Example.judging(item, text) for item, text in zip(items, texts, strict=True)]
 
 
 def _save(

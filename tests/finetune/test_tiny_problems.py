@@ -14,6 +14,7 @@ from finetune.tiny.countdown import operations, solvable, value_of
 from finetune.tiny.problems import FAMILIES, Example, draw, exam, examples, grade
 from finetune.tiny.solution import (
     Item,
+    Walk,
     answered,
     attempt,
     boxed,
@@ -21,6 +22,7 @@ from finetune.tiny.solution import (
     judged,
     right_until,
     solution,
+    wander,
 )
 
 ALL = (*FAMILIES, "prices")
@@ -261,7 +263,7 @@ def countdown_item(numbers: tuple[int, ...], target: int) -> Item:
     ("written", "wrong"),
     [
         ("11 - 6 = 5 (left: 2, 5)\n5 * 2 = 14 (left: 14)\n{}", [1, 2]),  # claimed, not computed
-        ("11 - 6 = 5 (left: 2, 5)\n5 * 2 = 10 (left: 10)\n{}", [2]),  # honest, and lost
+        ("11 - 6 = 5 (left: 2, 5)\n5 * 2 = 10 (left: 10)\n{}", [1, 2]),  # honest, and lost
         ("11 + 6 = 17 (left: 2, 17)\n17 - 3 = 14 (left: 14)\n{}", [1, 2]),  # there is no 3
         ("11 - 6 = 5 (left: 2, 5)\n5 * 2 = 10 (left: 14)\n{}", [1, 2]),
         ("6 / 2 = 3 (left: 3, 11)\n11 + 3 = 14 (left: 14)\n{}", []),
@@ -289,3 +291,21 @@ def test_made_up_attempts_without_hope_mostly_claim_what_they_need():
             lost += 1
             claimed += before.endswith(f"(left: {item.target})")
     assert 0.4 < claimed / lost < 0.9
+
+
+def test_a_walk_at_random_computes_rightly_wherever_it_leads():
+    rng = random.Random(6)
+    reached = 0
+    for _ in range(200):
+        item = draw(rng, held_out=False, family="countdown")
+        written, results = wander(item, rng)
+        assert all(0 <= begin < end <= len(written) + 1 for begin, end in results)
+        at: Walk | None = item.start
+        for line in written.split("\n")[:-1]:
+            assert at is not None
+            (move,) = {move.line(): move for move in at.moves() if move.line() == line}.values()
+            at = move.after(move.result)
+        assert at is not None
+        assert boxed(written) == at.finished()
+        reached += grade(item, written)
+    assert 0 < reached < 100  # most ways lead nowhere

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.muon import orthogonalised
 from finetune.tiny import loop, train
 from finetune.tiny import tokenizer as tokenizers
-from finetune.tiny.muon import orthogonalised
 from finetune.tiny.problems import SYSTEM, examples
 
 
@@ -42,6 +42,17 @@ def test_an_imitated_row_teaches_the_solution_and_its_end(tokenizer):
     for at, token in enumerate(row.follows):
         if token != loop.IGNORED:
             assert row.ids[at + 1] == token
+
+
+def test_of_a_walk_at_random_only_the_results_are_imitated(tokenizer):
+    walked = next(one for one in examples(random.Random(0)) if one.taught)
+    row = loop.imitated(tokenizer, walked)
+    taught = tokenizer.decode([token for token in row.follows if token != loop.IGNORED])
+    lines = walked.solution.split("\n")
+    results = [line.split(" = ")[1] for line in lines[:-1]]
+    assert taught.replace(" ", "") == "".join(f"{one}\n" for one in results).replace(" ", "") + (
+        lines[-1] + tokenizers.END
+    ).replace(" ", "")
 
 
 def test_a_judged_row_has_a_verdict_on_every_token(tokenizer):
@@ -96,7 +107,7 @@ def test_orthogonalised_directions_have_singular_values_near_one():
 
 
 SMALL = ["--batch", "2", "--hidden", "32", "--layers", "2", "--intermediate", "32", "--heads", "1"]
-SMALL += ["--exit-layer", "1"]
+SMALL += ["--exit-layer", "1", "--own-from", "45", "--own-samples", "8"]
 
 
 def training(work: Path) -> subprocess.Popen[bytes]:
