@@ -33,7 +33,10 @@ INSTRUCTION = " Please reason step by step, and put your final answer within \\b
 SLIPS: dict[Family, float] = {"word": 0.12, "countdown": 0.25, "prices": 0.25}
 """How often a line goes wrong in the attempts that verification is learned from."""
 
-WANDERED: dict[Family, float] = {"word": 0.0, "countdown": 0.3, "prices": 0.0}
+WEIGHTS: dict[Family, float] = {"word": 0.4, "countdown": 0.6, "prices": 1.0}
+"""How often each is drawn to learn from: countdown needs more, and its solutions are shorter."""
+
+WANDERED: dict[Family, float] = {"word": 0.0, "countdown": 0.25, "prices": 0.0}
 """How often a solution to imitate is a walk at random, of which only the results are imitated.
 
 Right solutions of countdown all end with the target, so from them alone a model learns to write the
@@ -124,7 +127,7 @@ def examples(
 ) -> Iterator[Example]:
     """Draw from the training side without end; the share `verified` is to be judged."""
     while True:
-        family = rng.choice(families)
+        (family,) = rng.choices(families, [WEIGHTS[one] for one in families])
         item = draw(rng, held_out=False, family=family)
         system = rng.choice(SYSTEM) if rng.random() < 0.1 else None
         prompt = item.prompt + INSTRUCTION if rng.random() < 0.1 else item.prompt
