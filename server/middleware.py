@@ -63,8 +63,8 @@ class Choosing:
                         )
                     binding = bound(names, chosen, selection, counted=path in ENDPOINTS)
                     asked = await stack.enter_async_context(binding)
-                    if names is not None and names.meant(str(asked.get("model"))) is not None:
-                        _refuse(asked, headers)
+                    if names is not None:
+                        _refuse(asked, headers, names)
             except MullError as error:
                 await reply_to(error)(scope, receive, send)
                 return
@@ -234,9 +234,9 @@ class _Completing:
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _refuse(asked: JSON, headers: Headers) -> None:
+def _refuse(asked: JSON, headers: Headers, names: Names) -> None:
     """What would outlive the request that holds an adapter, or name another behind its back."""
-    if asked.get("background"):
+    if asked.get("background") and names.meant(str(asked.get("model"))) is not None:
         raise InvalidRequest("adapters serve no background responses", field="background")
     if "x-amzn-sagemaker-adapter-identifier" in headers:
         raise InvalidRequest("name the adapter in 'model'", field="model")

@@ -49,6 +49,7 @@ async def bound(
     if names is None:
         yield body
         return
+    await names.look()
     asked, inner = body.get("model"), list[str]()
     if selection is not None:
         judges = (*adapters(selection.verifier), *talkers(selection.verifier))

@@ -12,6 +12,7 @@ from rich.table import Table
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe what may be asked."""
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default %(default)s")
+    parser.add_argument("--api-key", help="the server's, if it was started with one")
     asked = parser.add_subparsers(dest="asked", required=True, metavar="what")
     asked.add_parser("list", help="versions, their evaluations, and aliases")
     taken = asked.add_parser("import", help="take in a folder as peft saves it")
@@ -36,6 +37,8 @@ def run(options: argparse.Namespace, key: SecretStr | None) -> int:
     """Ask the server; return the exit status."""
     console = Console()
     headers = {} if key is None else {"X-Mull-Admin-Key": key.get_secret_value()}
+    if options.api_key:
+        headers["Authorization"] = f"Bearer {options.api_key}"
     method, path, body = _request(options)
     try:
         reply = httpx.request(
@@ -75,13 +78,19 @@ def _request(options: argparse.Namespace) -> tuple[str, str, Any]:
 
 def _reason(reply: httpx.Response) -> str:
     try:
-        return str(reply.json()["error"]["message"])
+        said: Any = reply.json()["error"]
+        return str(said if isinstance(said, str) else said["message"])
     except (ValueError, KeyError, TypeError):
-        return "this server has no registry of adapters: it is started with MULL_ADAPTERS"
+        if reply.status_code == 404:
+            return "this server has no registry of adapters: it is started with MULL_ADAPTERS"
+        return reply.text[:500]
 
 
 def _table(listed: dict[str, Any]) -> Table:
-    table = Table("version", "kind", "aliases", "evaluation", "resident", "requests")
+    table = Table()
+    table.add_column("version", no_wrap=True)  # to be copied
+    for heading in ("kind", "aliases", "evaluation", "resident", "requests"):
+        table.add_column(heading, overflow="fold")
     for card in listed["data"]:
         shares = [
             f"{name} ({listed['aliases'][name]['versions'][card['id']]:.0%})"

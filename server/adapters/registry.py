@@ -77,7 +77,7 @@ class Version:
 class Alias(BaseModel):
     """A name, what it means now, and what it meant before."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     history: list[Shares] = Field(min_length=1, max_length=_KEPT)
     """The last is what it means."""
@@ -100,9 +100,10 @@ class Alias(BaseModel):
         return self.history[-1]
 
     def moved(self, shares: Shares, pinned: bool | None) -> Self:
-        """The same with another meaning."""
+        """The same with another meaning; if it means this already, nothing can be rolled back."""
+        history = self.history if shares == self.shares else [*self.history, shares][-_KEPT:]
         return type(self)(
-            history=[*self.history, shares][-_KEPT:],
+            history=history,
             pinned=self.pinned if pinned is None else pinned,
         )
 
@@ -180,9 +181,11 @@ class Registry:
             InvalidRequest: An alias means it.
         """
         folder = self._folder(id)
-        for name, alias in self.aliases().items():
-            if id in alias.shares:
-                raise InvalidRequest(f"alias '{name}' means '{id}': move it first", field="id")
+        for path in self._aliases.glob("*.json"):
+            with suppress(NotFound):  # what is damaged may mean it
+                if id in self.alias(path.stem).shares:
+                    why = f"alias '{path.stem}' means '{id}': move it first"
+                    raise InvalidRequest(why, field="id")
         return folder
 
     def remove(self, id: str) -> None:
@@ -194,7 +197,11 @@ class Registry:
         shutil.rmtree(gone, ignore_errors=True)
 
     def aliases(self) -> dict[str, Alias]:
-        """All that can be read, by name."""
+        """All that are whole, by name.
+
+        Raises:
+            OSError: One cannot be read now.
+        """
         found: dict[str, Alias] = {}
         for path in sorted(self._aliases.glob("*.json")):
             try:
@@ -215,7 +222,7 @@ class Registry:
             return Alias.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             raise NotFound(f"there is no alias '{name}'") from None
-        except (OSError, ValidationError) as error:
+        except ValidationError as error:
             raise InvalidRequest(f"alias '{name}' is damaged: {error}", field="alias") from error
 
     def point(self, name: str, shares: Shares, gate: Gate, *, pinned: bool | None = None) -> Alias:

@@ -60,12 +60,16 @@ class Residents:
             Busy: As many others were in use, all the time, as there may be.
         """
         if version.id not in self._slots:
-            async with self._changing:
+            deadline = asyncio.get_running_loop().time() + self._patience_seconds
+            await self._turn(deadline)
+            try:
                 if version.id not in self._slots:
-                    await self._make_room()
+                    await self._make_room(deadline)
                     await self._load(version)
                     self._slots[version.id] = _Slot()
                 slot = self._take(version.id)
+            finally:
+                self._changing.release()
         else:
             slot = self._take(version.id)
         try:
@@ -94,6 +98,7 @@ class Residents:
             dropped = slot.retired or id in self._meant or id not in existing
             slot.retired = id not in ids and dropped
         self._meant, self._pinned = frozenset(ids), frozenset(pinned)
+        self._freed.set()
 
     async def sweep(self) -> None:
         """Drop what is retired and idle; never waits for others' changes."""
@@ -121,29 +126,41 @@ class Residents:
                 await self._drop(id)
             yield
 
-    async def _make_room(self) -> None:
+    def _least_recent(self) -> str | None:
+        """Who makes room: nobody in use, and none that is pinned unless pins have left no room."""
+        idle = [id for id, slot in self._slots.items() if not slot.users]
+        free = [id for id in idle if self._slots[id].retired or id not in self._pinned]
+        if not free and len(self._pinned) >= self.most:  # by another server, or by a larger one
+            free = idle
+        return next(iter(free), None)
+
+    async def _turn(self, deadline: float) -> None:
+        """Wait for one's turn to change what the engine holds."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._changing.acquire()
+        except TimeoutError:
+            raise self._busy() from None
+
+    def _busy(self) -> Busy:
+        return Busy(
+            f"{self.most} adapters are in use or pinned, and the engine holds no more "
+            "(--max-cpu-loras)",
+            seconds=1,
+        )
+
+    async def _make_room(self, deadline: float) -> None:
         while len(self._slots) >= self.most:
-            idle = next(
-                (
-                    id
-                    for id, slot in self._slots.items()
-                    if not slot.users and (slot.retired or id not in self._pinned)
-                ),
-                None,
-            )
+            idle = self._least_recent()
             if idle is not None:
                 await self._drop(idle)
                 continue
             self._freed.clear()
             try:
-                async with asyncio.timeout(self._patience_seconds):
+                async with asyncio.timeout_at(deadline):
                     await self._freed.wait()
             except TimeoutError:
-                raise Busy(
-                    f"{self.most} adapters are in use or pinned, and the engine holds no more "
-                    "(--max-cpu-loras)",
-                    seconds=1,
-                ) from None
+                raise self._busy() from None
 
     async def _drop(self, id: str) -> None:
         if not self._slots[id].users:

@@ -27,10 +27,13 @@ from server.adapters.registry import Alias, Gate, Registry, Shares, Version, che
 from server.adapters.residents import Residents
 from server.local.engine import token_ids
 from server.local.weights import Served, examine, layers
-from strategies.core.errors import EngineUnavailable, InvalidRequest, NotFound
+from strategies.core.errors import Busy, EngineUnavailable, InvalidRequest, NotFound
 
 _STALE_SECONDS = 0.25
 """How long a name may go on meaning what it meant, after another server moved it."""
+
+_SILENT_SECONDS = 120.0
+"""After which an engine that loads or forgets an adapter is taken for dead."""
 
 _CANARY = "What is 12 + 7? Think step by step. 12 + 7 = 19, so the answer is 19."
 _REFUSED = "Call to add_lora method failed: "
@@ -131,6 +134,8 @@ class Adapters:
         self._versions: Collection[str] = frozenset()
         self._fitting: set[str] = set()
         """Versions that were looked at, and do not change."""
+        self._known: dict[str, Version] = {}
+        """Those in the engine, which need no registry any more."""
         self._plain: list[float] | None = None
         """The canary's log-probabilities without any adapter."""
 
@@ -201,7 +206,9 @@ class Adapters:
             InvalidRequest: It cannot be served.
             Busy: The engine holds as many as it can, all in use.
         """
-        found = await asyncio.to_thread(self._registry.version, version)
+        found = self._known.get(version) if version in self._residents else None
+        if found is None:
+            found = await asyncio.to_thread(self._registry.version, version)
         async with self._residents.hold(found):
             yield
 
@@ -215,9 +222,11 @@ class Adapters:
         try:
             async with self._residents.hold(version):
                 pass
-        except BaseException:
-            if new:  # nobody has seen it
-                await asyncio.to_thread(self._registry.remove, version.id)
+        except InvalidRequest:
+            if new:
+                with suppress(Busy, InvalidRequest, NotFound):  # another has it by now
+                    async with self._residents.without(version.id):
+                        await asyncio.to_thread(self._registry.remove, version.id)
             raise
         await self.look(at_once=True)
         return version
@@ -277,7 +286,10 @@ class Adapters:
         """See `Registry.roll_back`; what it meant is loaded first."""
         now = await asyncio.to_thread(self._registry.alias, name)
         for shares in now.history[-2:-1]:
-            with suppress(NotFound):  # refused in better words below
+            if now.pinned:
+                self._leave_room(len({*shares, *self._pinned(but=name)}))
+            # What is gone is refused in better words below; for room the first request waits.
+            with suppress(NotFound, Busy):
                 await self._prepare(shares)
         alias = await asyncio.to_thread(self._registry.roll_back, name)
         await self.look(at_once=True)
@@ -360,16 +372,21 @@ class Adapters:
                 await self._engine.remove_lora(request.lora_int_id)
             raise
         self._models.lora_requests[version.id] = request
+        self._known[version.id] = version
 
     async def _add(self, request: LoRARequest) -> None:
         try:
-            await self._engine.add_lora(request)
-        except EngineDeadError as error:
+            # An engine that dies meanwhile answers nothing.
+            async with asyncio.timeout(_SILENT_SECONDS):
+                await self._engine.add_lora(request)
+        except (EngineDeadError, TimeoutError) as error:
             raise EngineUnavailable("the engine died; try again") from error
         except Exception as error:
             said = str(error)
             if not said.startswith(_REFUSED):
                 raise
+            if not await asyncio.to_thread(Path(request.lora_path).is_dir):
+                raise NotFound(f"there is no adapter '{request.lora_name}'") from error
             reason = said.removeprefix(_REFUSED).replace(request.lora_path, request.lora_name)
             raise InvalidRequest(
                 f"the adapter cannot be served: {reason[:500]}", field="path"
@@ -377,8 +394,10 @@ class Adapters:
 
     async def _unload(self, id: str) -> None:
         request = self._models.lora_requests.pop(id)
-        with suppress(EngineDeadError):
-            await self._engine.remove_lora(request.lora_int_id)
+        self._known.pop(id, None)
+        with suppress(EngineDeadError, TimeoutError):
+            async with asyncio.timeout(_SILENT_SECONDS):
+                await self._engine.remove_lora(request.lora_int_id)
 
     async def _try(self, request: LoRARequest) -> None:
         if self._plain is None:

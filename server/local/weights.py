@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors import safe_open as _safe_open  # pyright: ignore[reportUnknownVariableType]
 from vllm.config.lora import LoRAConfig
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.platforms import current_platform
 
 from server.adapters.folder import CONFIG, WEIGHTS
 from server.errors import refusal
@@ -101,6 +102,8 @@ def examine(folder: Path, served: Served) -> None:
             raise _refused(f"{CONFIG}: {error}") from None
         if not isfinite(scaling) or abs(scaling) > torch.finfo(torch.float16).max:
             raise _refused(f"{CONFIG} scales '{layer}' by {scaling:g}")
+        if not scaling:
+            raise _refused(f"it does nothing: {CONFIG} scales '{layer}' by 0")
         _fits(layer, shapes, rank, served)
 
 
@@ -155,6 +158,9 @@ def _fits(layer: str, shapes: Mapping[str, torch.Size], rank: int, served: Serve
             f"'{layer}' would be ignored: this server adapts {', '.join(sorted(targets))} only "
             "(--lora-target-modules)"
         )
+    if name == "lm_head" and current_platform.is_cpu():
+        # Which rows of prompt log-probabilities are its own is not told there (see `cpu.py`).
+        raise _refused("on a CPU no adapter of the output layer is served")
     if set(shapes) != {"A", "B"}:
         raise _refused(f"of '{layer}' there is only lora_{next(iter(shapes))}")
     a, b = shapes["A"], shapes["B"]

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse, Response
 
-from server.adapters.registry import Alias
+from server.adapters.registry import Alias, check_name
 from server.errors import refusal
 from server.wire import body_of
 from strategies.core.errors import Forbidden, InvalidRequest, Unauthorized
@@ -100,6 +100,8 @@ async def adapters(request: Request) -> dict[str, Any]:
 async def publish(request: Request) -> Response:
     """Take in a folder: it is looked at, loaded, tried, and kept as `name@digest`."""
     asked = await _body(request, Publish)
+    if asked.alias is not None:
+        check_name(asked.alias, "alias")  # before anything is done
     version = await _adapters(request).publish(asked.name, asked.path)
     said: dict[str, Any] = {"id": version.id, "object": "adapter"}
     if asked.alias is not None:

@@ -84,6 +84,15 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "patterns of another type": config(alpha_pattern=[1]),
     "a strength that is no number": config(lora_alpha=float("nan")),
     "an enormous strength": config(lora_alpha=1e38),
+    "no strength": config(lora_alpha=0),
+    "the output layer": tensors(
+        lambda held: held.update(
+            {
+                f"base_model.model.lm_head.{side}.weight": torch.ones(shape)
+                for side, shape in (("lora_A", (8, 256)), ("lora_B", (576, 8)))
+            }
+        )
+    ),
     "DoRA": config(use_dora=True),
     "PiSSA": config(init_lora_weights="pissa"),
     "IA3": config(peft_type="IA3"),
