@@ -1,0 +1,31 @@
+"""`mull-finetune`: train an adapter, check it, publish it as a folder that a server takes in."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from finetune.methods import METHODS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one method; its keys are trl's, from `--config FILE` and the command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="mull-finetune",
+        description=__doc__,
+        epilog="each method has its own keys: mull-finetune METHOD --help",
+    )
+    parser.add_argument(
+        "method",
+        choices=list(METHODS),
+        metavar="METHOD",
+        help="; ".join(f"{one.name}: {one.summary}" for one in METHODS.values()),
+    )
+    options = parser.parse_args(given[:1])
+    from finetune import training  # torch and trl, which `--help` can do without
+
+    training.run(options.method, given[1:], prog=f"mull-finetune {options.method}")
+
+
+if __name__ == "__main__":
+    main()

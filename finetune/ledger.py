@@ -1,0 +1,43 @@
+"""What a training took: tokens, floating-point operations, time and memory."""
+
+import resource
+import time
+from dataclasses import dataclass, field
+
+FORWARD, BACKWARD = 2, 4
+"""Operations per parameter and token (Kaplan et al. 2020, arXiv:2001.08361)."""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Starts when it is made. Changes as it is told."""
+
+    frozen: int
+    """Parameters that are not trained, embeddings left out."""
+    trained: int
+    tokens: int = 0
+    """Read forwards and backwards."""
+    read: int = 0
+    """Read forwards only: by a reference, by a teacher, or when sampling."""
+    _began: float = field(default_factory=time.monotonic)
+    _cpu: float = field(default_factory=time.process_time)
+
+    @property
+    def flops(self) -> float:
+        """Of a frozen weight the gradient is not needed, but it must pass through."""
+        through = FORWARD + BACKWARD / 2
+        learned = FORWARD + BACKWARD
+        return self.tokens * (through * self.frozen + learned * self.trained) + self.read * (
+            FORWARD * (self.frozen + self.trained)
+        )
+
+    def figures(self) -> dict[str, float]:
+        """For the manifest."""
+        return {
+            "tokens": float(self.tokens),
+            "tokens_read": float(self.read),
+            "flops": float(self.flops),
+            "seconds": round(time.monotonic() - self._began, 1),
+            "cpu_seconds": round(time.process_time() - self._cpu, 1),
+            "peak_memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        }
