@@ -5,7 +5,6 @@ All by the engine that will serve it.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -70,7 +69,7 @@ def check(
         if path is not None
     }
     texts = _canaries(tokenizer, sets)
-    told = _peft_logprobs(model, texts, converted=saved.error not in (None, 0.0), folder=folder)
+    told = _peft_logprobs(model, texts, converted=saved.error is not None, folder=folder)
     lora = engine.load(folder)
     served, plain = engine.logprobs(texts, lora), engine.logprobs(texts, None)
     found["max_logprob_error"] = _farthest(told, served)
@@ -188,11 +187,11 @@ def _worth(
         progress.advance(bar)
     before, after = means
     gains = [b - a for a, b in zip(before, after, strict=True)]
-    return {
+    error = {"gain_standard_error": stdev(gains) / len(gains) ** 0.5} if len(gains) > 1 else {}
+    return error | {
         "problems": float(len(rows)),
         "accuracy": fmean(after),
         "accuracy_before": fmean(before),
-        "gain_standard_error": stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0,
         "kl_to_base": divergence,
         "answer_tokens": length,
     }
@@ -212,7 +211,7 @@ def _divergence(engine: Engine, asked: Any, answers: Any) -> float:
         for own, of_text in zip(sampled, plain, strict=True)
         for mine, base in zip(own, of_text[len(of_text) - len(own) :], strict=True)
     ]
-    return fmean(differences) if differences else 0.0
+    return fmean(differences)  # an answer has one token at least: its end
 
 
 def _mean_length(answers: Any) -> float:
@@ -231,11 +230,10 @@ def card(folder: Path, manifest: Manifest, report: data.Report) -> None:
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in manifest.evaluation.items())
     spent = "\n".join(f"| {name} | {value:.4g} |" for name, value in manifest.compute.items())
     recipe = "\n".join(f"{key}: {value}" for key, value in manifest.recipe.items())
-    said = asdict(report)
     (folder / "README.md").write_text(
         f"# An adapter of {manifest.base.name}\n\n"
         f"A {manifest.kind}, trained with `mull-finetune {manifest.recipe['method']}` on "
-        f"{said['kept']:,} of {said['rows']:,} rows ({report.learned:,} tokens with loss).\n\n"
+        f"{report.kept:,} of {report.rows:,} rows ({report.learned:,} tokens with loss).\n\n"
         f"| check | value |\n|---|---|\n{rows}\n\n| spent | |\n|---|---|\n{spent}\n\n"
         f"```yaml\n{recipe}\n```\n"
     )

@@ -216,8 +216,10 @@ class Keys:
     """The keys that were given, by trl's names, for the manifest."""
 
 
-def parse(config: type, arguments: Sequence[str], *, method: str, prog: str) -> Keys:
-    """The keys of a method whose training arguments are `config`.
+def parse(
+    config: type, arguments: Sequence[str], *, method: str, fixed: Mapping[str, Any], prog: str
+) -> Keys:
+    """The keys of a method whose training arguments are `config`; `fixed` ones nobody else sets.
 
     Raises:
         SystemExit: A key is unknown or refused, or a value is none.
@@ -228,6 +230,8 @@ def parse(config: type, arguments: Sequence[str], *, method: str, prog: str) -> 
     parser = _parser((Task, config, ModelConfig), prog)
     known = {action.dest for action in parser._actions} - {"help"}
     for key in given:
+        if key in fixed:
+            raise SystemExit(f"{prog}: '{key}' is what makes it {method}: {fixed[key]}")
         if key in _REFUSED:
             raise SystemExit(f"{prog}: '{key}' is not used: {_REFUSED[key]}")
         if key.startswith("vllm_") or (key in _IGNORED and method != "distill"):
@@ -238,15 +242,15 @@ def parse(config: type, arguments: Sequence[str], *, method: str, prog: str) -> 
             near = get_close_matches(key, known - set(_REFUSED), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise SystemExit(f"{prog}: there is no key '{key}'{hint}")
-    if "resume_adapter" in given and (fixed := given.keys() & _FIXED):
-        raise SystemExit(f"{prog}: the adapter to go on with decides {', '.join(sorted(fixed))}")
+    if "resume_adapter" in given and (told := given.keys() & _FIXED):
+        raise SystemExit(f"{prog}: the adapter to go on with decides {', '.join(sorted(told))}")
     on_cpu = not _has_gpu()
     defaults = {"use_cpu": on_cpu, "gradient_checkpointing": not on_cpu, "report_to": "none"}
     defaults |= {"bf16": not on_cpu, "logging_steps": 1}
     defaults = {key: value for key, value in defaults.items() if key in known}
     try:
         task, training, model = parser.parse_args_into_dataclasses(
-            list(_flags(defaults | given)), look_for_args_file=False
+            list(_flags(defaults | dict(fixed) | given)), look_for_args_file=False
         )
     except (ValueError, ImportError) as error:
         raise SystemExit(f"{prog}: {error}") from error

@@ -17,25 +17,23 @@ class Ledger:
     trained: int
     tokens: int = 0
     """Read forwards and backwards."""
-    read: int = 0
-    """Read forwards only: by a reference, by a teacher, or when sampling."""
     _began: float = field(default_factory=time.monotonic)
     _cpu: float = field(default_factory=time.process_time)
 
     @property
     def flops(self) -> float:
-        """Of a frozen weight the gradient is not needed, but it must pass through."""
+        """Of a frozen weight the gradient is not needed, but it must pass through.
+
+        What a reference or a teacher reads, and what is sampled, is not counted.
+        """
         through = FORWARD + BACKWARD / 2
         learned = FORWARD + BACKWARD
-        return self.tokens * (through * self.frozen + learned * self.trained) + self.read * (
-            FORWARD * (self.frozen + self.trained)
-        )
+        return self.tokens * (through * self.frozen + learned * self.trained)
 
     def figures(self) -> dict[str, float]:
         """For the manifest."""
         return {
             "tokens": float(self.tokens),
-            "tokens_read": float(self.read),
             "flops": float(self.flops),
             "seconds": round(time.monotonic() - self._began, 1),
             "cpu_seconds": round(time.process_time() - self._cpu, 1),

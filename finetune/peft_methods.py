@@ -86,7 +86,7 @@ def save(model: PeftModel, folder: Path, *, initial: Path | None, rank: int) -> 
             selected_adapters=["default"],
             path_initial_model_for_weight_conversion=str(initial),
         )
-        return Saved(2 * config.r, servable=True, error=0.0)
+        return Saved(2 * config.r, servable=True)
     model.save_pretrained(str(folder), selected_adapters=["default"])
     return Saved(config.r, servable=True)
 

@@ -44,17 +44,8 @@ def run(name: str, arguments: list[str], *, prog: str, engine: Engine | None = N
     method = METHODS[name]
     _quiet()
     trainer_kind, config = method.load()
-    said = _with_defaults(method, arguments, prog)
-    keys = parse(config, said, method=name, prog=prog)
+    keys = parse(config, arguments, method=name, fixed=method.defaults, prog=prog)
     return Training(method, keys, trainer_kind, prog, engine).run()
-
-
-def _with_defaults(method: Method, arguments: list[str], prog: str) -> list[str]:
-    for key in method.defaults:
-        if f"--{key}" in arguments:
-            raise SystemExit(f"{prog}: '{key}' is what makes it {method.name}")
-    said = [f"--{key}={value}" for key, value in method.defaults.items()]
-    return [*said, *arguments]
 
 
 def _quiet() -> None:

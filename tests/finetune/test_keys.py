@@ -11,7 +11,13 @@ NEEDED = ["--model_name_or_path", "m", "--dataset_name", "rows.jsonl", "--output
 
 
 def parsed(*arguments: str):
-    return parse(SFTConfig, [*NEEDED, *arguments], method="sft", prog="mull-finetune sft")
+    return parse(
+        SFTConfig,
+        [*NEEDED, *arguments],
+        method="sft",
+        fixed={"loss_type": "nll"},
+        prog="mull-finetune sft",
+    )
 
 
 def test_a_file_and_the_command_line_which_wins(tmp_path: Path):
@@ -44,6 +50,7 @@ def test_a_file_and_the_command_line_which_wins(tmp_path: Path):
         (("--replay_fraction", "1.5"), "'replay_fraction' is a share"),
         (("--datasets", "[]"), "say 'dataset_name', or 'datasets'"),
         (("--config", "/nowhere.yaml"), "cannot read /nowhere.yaml"),
+        (("--loss-type=dft",), "'loss_type' is what makes it sft: nll"),
         (("--label_good", "+"), "'label_good' is a key of verifier, not of sft"),
         (("--truncation_mode", "keep_end"), "'truncation_mode' is not used"),
         (("--resume_adapter", "a", "--lora_r", "8"), "the adapter to go on with decides lora_r"),
