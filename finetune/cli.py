@@ -15,13 +15,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         epilog="each method has its own keys: mull-finetune METHOD --help",
     )
+    further = {"data": "rows to learn from, out of a server's traces"}
+    methods = {one.name: one.summary for one in METHODS.values()}
     parser.add_argument(
         "method",
-        choices=list(METHODS),
+        choices=[*methods, *further],
         metavar="METHOD",
-        help="; ".join(f"{one.name}: {one.summary}" for one in METHODS.values()),
+        help="; ".join(f"{name}: {summary}" for name, summary in (methods | further).items()),
     )
     options = parser.parse_args(given[:1])
+    if options.method == "data":
+        from finetune import traces
+
+        traces.main(given[1:])
+        return
     from finetune import training  # torch and trl, which `--help` can do without
 
     training.run(options.method, given[1:], prog=f"mull-finetune {options.method}")

@@ -267,7 +267,7 @@ class Tokens:
             head = asked.removesuffix(opens) + instead
             asked, text = head, head + text[len(asked) :]
         coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        steps = _step_ends(row["completion"], judging.delimiter)
+        steps = step_ends(row["completion"], judging.delimiter)
         if len(steps) != len(row["labels"]):
             raise ValueError(f"{len(steps)} steps and {len(row['labels'])} labels")
         # The last step ends with its turn, the others with their delimiter.
@@ -309,7 +309,7 @@ class Tokens:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _step_ends(text: str, delimiter: str) -> list[int]:
+def step_ends(text: str, delimiter: str) -> list[int]:
     """Where each step ends, its delimiter included; the last ends with the text."""
     ends = [found.end() for found in re.finditer(re.escape(delimiter), text)]
     return [*ends[:-1], len(text)] if ends and ends[-1] == len(text) else [*ends, len(text)]
@@ -398,19 +398,21 @@ def _answers(row: Row, columns: Columns) -> list[Any]:
             return [""]
 
 
-def overlap(rows: Iterable[Row], test: Iterable[Row]) -> int:
-    """Rows whose prompt is one of the test's, or shares `_SHINGLE` words in a row with one."""
-    prompts: set[str] = set()
-    shingles: set[str] = set()
-    for row in test:
+class Exam:
+    """A test set, which nothing may be learned from."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._prompts: set[str] = set()
+        self._shingles: set[str] = set()
+        for row in rows:
+            said = _words(row)
+            self._prompts.add(" ".join(said))
+            self._shingles.update(_shingles(said))
+
+    def has(self, row: Row) -> bool:
+        """Whether a prompt is in it, or shares `_SHINGLE` words in a row with one that is."""
         said = _words(row)
-        prompts.add(" ".join(said))
-        shingles.update(_shingles(said))
-    found = 0
-    for row in rows:
-        said = _words(row)
-        found += " ".join(said) in prompts or not shingles.isdisjoint(_shingles(said))
-    return found
+        return " ".join(said) in self._prompts or not self._shingles.isdisjoint(_shingles(said))
 
 
 def _words(row: Row) -> list[str]:

@@ -129,7 +129,8 @@ class Training:
         raw = data.mixture(task, seed=self.args.seed)
         rows = self._prepared(raw, report)
         if task.test_name is not None:
-            report.in_test = data.overlap(data.listed(raw), data.listed(data.read(task.test_name)))
+            test = data.Exam(data.listed(data.read(task.test_name)))
+            report.in_test = sum(map(test.has, data.listed(raw)))
         if self.first:
             report.show(self.console, f"{self.method.name}: what is learned from")
             report.write(self.out / "data_report.json")

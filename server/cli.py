@@ -26,10 +26,12 @@ has no bfloat16 instructions.
 Environment: MULL_CONFIG names a YAML file with presets, endpoints, limits and settings; each
 setting may also be set alone, as MULL_MAX_BODY_BYTES (16777216), MULL_ENGINE_RESTARTS (3),
 MULL_MAX_RUNNING_REQUESTS (512), MULL_MAX_RUNNING_CANDIDATES (the engine's max_num_seqs),
-MULL_HEARTBEAT_SECONDS (10), MULL_KEPT_TRACES (256), MULL_RUN_CODE (false), MULL_ADAPTERS (the
-registry's directory; it sets --enable-lora, --max-loras 4 and --max-cpu-loras 32),
-MULL_ADAPTER_IMPORTS (where adapters are taken in from), MULL_MAX_ADAPTER_BYTES (2147483648),
-MULL_ADMIN_KEY (who sends it may change adapters); and all of vLLM's.
+MULL_HEARTBEAT_SECONDS (10), MULL_KEPT_TRACES (256), MULL_RUN_CODE (false), MULL_TRACES (a
+directory that keeps runs on disk, to be learned from), MULL_MAX_TRACES_BYTES (1073741824),
+MULL_ADAPTERS (the registry's directory; it sets --enable-lora, --max-loras 4 and
+--max-cpu-loras 32), MULL_ADAPTER_IMPORTS (where adapters are taken in from),
+MULL_MAX_ADAPTER_BYTES (2147483648), MULL_ADMIN_KEY (who sends it may change adapters); and all of
+vLLM's.
 """
 
 

@@ -11,6 +11,7 @@ PROMPT_TOKENS = Counter("mull_prompt_tokens", "Prompt tokens of all engine calls
 CALLS = Counter("mull_engine_calls", "Sequences asked of the engine.", ["strategy"])
 SECONDS = Histogram("mull_run_seconds", "Wall time of strategy requests.", ["strategy"])
 ALIASED = Counter("mull_adapter_requests", "Requests by alias.", ["alias", "version"])
+UNARCHIVED = Counter("mull_traces_lost", "Runs that could not be kept on disk.")
 RUNNING = Gauge("mull_running_requests", "Strategy requests that search now.")
 CANDIDATES = Gauge("mull_running_candidates", "Candidates that run now.")
 

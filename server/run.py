@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.trace import Detail, Trace, Usage
+from server.wire import JSON
 from strategies.core.answers import Answers
 from strategies.core.budget import Budget, Limits
 from strategies.core.context import Context, Reader, Verifier
@@ -82,6 +83,12 @@ class Selection:
     verifier: Verifier | None
     question: str = ""
     """The question in the client's own words, for verifiers that read it."""
+    conversation: list[JSON] | str | None = None
+    """What was asked, as it could be asked again; None where it is not words alone."""
+    model: str | None = None
+    """The adapter that answers, by name; None is the base."""
+    stored: bool = True
+    """Whether the run may be kept on disk; clients say `store: false`."""
     trace: Detail | None = None
     """How much of what happened the reply is to show."""
     owner: str = ""

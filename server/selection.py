@@ -124,7 +124,8 @@ def choose(
     if path in MANY:
         raise InvalidRequest("a strategy takes one prompt per request", field="strategy")
     choice = _agreed(choices)
-    rest = {key: value for key, value in body.items() if key not in ("strategy", "budget", "trace")}
+    ours = ("strategy", "budget", "trace", *(() if path == "/v1/responses" else ("store",)))
+    rest = {key: value for key, value in body.items() if key not in ours}
     if model is not None:
         rest["model"] = model
     if xargs:
@@ -246,6 +247,7 @@ def select(
         limits=limits,
         verifier=verifier,
         question=_question(request),
+        conversation=_conversation(request),
     )
 
 
@@ -380,6 +382,9 @@ def _sign(selection: Selection, body: JSON, headers: Mapping[str, str]) -> None:
     selection.owner = owner(headers)
     selection.request_id = headers.get("x-request-id")
     selection.user = user if isinstance(user, str) else None
+    if (stored := body.get("store")) not in (None, True, False):
+        raise InvalidRequest("'store' is true or false", field="store")
+    selection.stored = stored is not False
 
 
 def _question(body: JSON) -> str:
@@ -397,6 +402,30 @@ def _question(body: JSON) -> str:
     if len(said) == 1 or (said and said[-1][0] is None):
         return said[-1][1]
     return "\n\n".join(f"{role}: {words}" for role, words in said)
+
+
+def _conversation(body: JSON) -> list[JSON] | str | None:
+    """What is asked, in words; None if there is more to it, as pictures, tools or token ids."""
+    if body.get("tools"):
+        return None
+    if "prompt" in body:
+        return body["prompt"] if isinstance(body["prompt"], str) else None
+    first = body.get("instructions", body.get("system"))  # of Responses, of Messages
+    opening: list[object] = [] if first is None else [{"role": "system", "content": first}]
+    turns: object = body.get("messages", body.get("input"))
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    found: list[JSON] = []
+    for turn in (*opening, *(as_list(turns) or ())):
+        said = as_object(turn) or {}
+        parts = as_list(said.get("content"))
+        worded = isinstance(said.get("content"), str) or (
+            parts is not None and all("text" in (as_object(part) or {}) for part in parts)
+        )
+        if not worded or said.get("role") not in ("system", "developer", "user", "assistant"):
+            return None
+        found.append({"role": said["role"], "content": _words(said["content"])})
+    return found or None
 
 
 def _words(content: object) -> str:

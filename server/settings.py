@@ -62,6 +62,12 @@ class Settings(BaseModel):
     kept_traces: int = Field(
         default=256, ge=0, le=100_000, description="Ended runs that GET /v1/traces still knows."
     )
+    traces: Path | None = Field(
+        default=None, description="A directory that keeps runs on disk, to be learned from."
+    )
+    max_traces_bytes: int = Field(
+        default=1 << 30, ge=1 << 20, description="Of that directory; the oldest runs go first."
+    )
     run_code: bool = Field(
         default=False, description="Let the verifier `unit_tests` run candidates' code, locked up."
     )

@@ -5,16 +5,18 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from server import metrics
+from server.archive import Archive
 from server.run import Run
 from strategies.core.errors import NotFound
 from strategies.core.events import Failed
 
 
 class Store:
-    """Keeps every running run, and the `kept` that ended last, in memory."""
+    """Keeps every running run, and the `kept` that ended last, in memory; and all in an archive."""
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, archive: Archive | None = None) -> None:
         self._kept = kept
+        self._archive = archive
         self._running: dict[str, Run] = {}
         self._ended: OrderedDict[str, Run] = OrderedDict()
 
@@ -32,6 +34,8 @@ class Store:
             while len(self._ended) > self._kept:
                 self._ended.popitem(last=False)
             metrics.count(run)
+            if self._archive is not None:
+                self._archive.keep(run)
 
     def find(self, name: str, owner: str) -> Run:
         """The run of that id, or the newest of that `X-Request-Id`.

@@ -126,6 +126,8 @@ class Reasoner:
                 name,
                 remote=self._remote,
             )
+            lora = asked.options.get("lora_request")
+            selection.model = None if lora is None else lora.lora_name
             selection.begin(run)
             with self._store.keeping(run):
                 async with Background(run.solve()) as solving:

@@ -19,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from server import metrics
 from server.adapters.registry import Registry
 from server.admission import Admission
+from server.archive import Archive
 from server.endpoints import Endpoints
 from server.errors import handle, nearest, reply_to
 from server.local.adapters import Adapters, Base
@@ -68,11 +69,12 @@ class Plugin:
         self._state = state
         sandbox = Sandbox()
         remote = Endpoints(self._settings.endpoints)
-        state.closing = (sandbox.close, remote.close)
+        archive = self._archive()
+        state.closing = (sandbox.close, remote.close, *([] if archive is None else [archive.close]))
         state.chat = Chat()
         state.settings = self._settings
         state.served = self.models
-        state.store = Store(self._settings.kept_traces)
+        state.store = Store(self._settings.kept_traces, archive)
         for serving, make in (
             (state.openai_serving_chat, "_make_parser"),
             (state.anthropic_serving_messages, "_make_parser"),
@@ -113,6 +115,12 @@ class Plugin:
         served = self._state.openai_serving_models
         names = {model.name for model in served.base_model_paths} | set(served.lora_requests)
         return names if self._adapters is None else names | self._adapters.names
+
+    def _archive(self) -> Archive | None:
+        settings = self._settings
+        if settings.traces is None:
+            return None
+        return Archive(settings.traces, most_bytes=settings.max_traces_bytes)
 
     def _registered(self, engine: Any, state: State) -> Adapters | None:
         settings, config = self._settings, engine.vllm_config

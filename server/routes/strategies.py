@@ -73,6 +73,7 @@ _BODY = {
         "temperature": {"type": "number", "minimum": 0},
         "seed": {"type": "integer"},
         "stream": {"type": "boolean"},
+        "store": {"type": "boolean"},
         "trace": {"enum": [True, False, "full", "summary"]},
         "budget": Limits.model_json_schema(),
     },
@@ -115,7 +116,7 @@ async def solve(kind: str, request: Request) -> Response:
     if streamed not in (None, True, False):
         raise InvalidRequest("'stream' is true or false", field="stream")
     chat = state.chat
-    known = [*own, "budget", "trace", *chat.fields]
+    known = [*own, "budget", "trace", "store", *chat.fields]
     if (unknown := next((name for name in rest if name not in known), None)) is not None:
         raise InvalidRequest(
             f"'{unknown}' is neither a field of {kind} nor of a chat request; "

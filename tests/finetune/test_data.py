@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 
 from finetune.data import (
     IGNORED,
+    Exam,
     Judging,
     Report,
     Tokens,
     checked,
     listed,
     mixture,
-    overlap,
     read,
     tokenised,
 )
@@ -178,7 +178,7 @@ def test_overlap_with_the_test_set_is_told():
     long = "one two three four five six seven eight nine ten eleven twelve thirteen"
     test = [{"prompt": "What is 2 + 3?"}, {"prompt": f"{long} fourteen"}]
     rows = [{"prompt": "what is 2+3"}, {"prompt": f"zero {long}"}, {"prompt": "What is 2 + 4?"}]
-    assert overlap(rows, test) == 2
+    assert sum(map(Exam(test).has, rows)) == 2
 
 
 def test_answers_are_equal_as_mathematics():

@@ -112,7 +112,8 @@ def serve():
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("server") / "log") as served:
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder / "log", MULL_TRACES=str(folder / "traces")) as served:
         yield served
 
 
