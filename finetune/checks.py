@@ -192,6 +192,7 @@ def _worth(
         "problems": float(len(rows)),
         "accuracy": fmean(after),
         "accuracy_before": fmean(before),
+        "gain": fmean(gains),
         "kl_to_base": divergence,
         "answer_tokens": length,
     }

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from finetune.methods import METHODS
 
@@ -15,7 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         epilog="each method has its own keys: mull-finetune METHOD --help",
     )
-    further = {"data": "rows to learn from, out of a server's traces"}
+    further = {
+        "data": "rows to learn from, out of a server's traces",
+        "loop": "serve, solve, learn from what was right, check, serve; again",
+    }
     methods = {one.name: one.summary for one in METHODS.values()}
     parser.add_argument(
         "method",
@@ -24,10 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="; ".join(f"{name}: {summary}" for name, summary in (methods | further).items()),
     )
     options = parser.parse_args(given[:1])
-    if options.method == "data":
-        from finetune import traces
-
-        traces.main(given[1:])
+    if options.method in further:
+        module = "traces" if options.method == "data" else "loop"
+        import_module(f"finetune.{module}").main(given[1:])
         return
     from finetune import training  # torch and trl, which `--help` can do without
 
