@@ -4,13 +4,35 @@ import argparse
 import signal
 import sys
 
-from bench import accuracy, model, overhead, overoptimise, search, speed, startup, throughput
+from bench import (
+    accuracy,
+    model,
+    overhead,
+    overoptimise,
+    search,
+    speed,
+    startup,
+    throughput,
+    tradeoff,
+)
+
+_BENCHES = (
+    accuracy,
+    search,
+    tradeoff,
+    overoptimise,
+    model,
+    speed,
+    overhead,
+    throughput,
+    startup,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (accuracy, search, overoptimise, model, speed, overhead, throughput, startup):
+    for module in _BENCHES:
         name = module.__name__.rsplit(".", 1)[-1]
         command = commands.add_parser(
             name,
