@@ -11,7 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## install into .venv, for the GPU if there is one (MULL_DEVICE=cpu|gpu decides otherwise)
-	@scripts/install.sh dev finetune
+	@scripts/install.sh dev finetune calibrate
 
 serve: install ## serve MODEL, or the embedded model; ARGS as for `vllm serve`
 	.venv/bin/mull serve $(MODEL) $(ARGS)

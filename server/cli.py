@@ -6,6 +6,7 @@ import sys
 import time
 
 from server.adapters import command
+from server.calibration import command as calibrate
 from server.local.defaults import environment
 from server.settings import Settings
 
@@ -49,6 +50,10 @@ def main() -> None:
     )
     known = commands.add_parser("adapters", help="list, import, point, roll back, remove adapters")
     command.arguments(known)
+    calibrating = commands.add_parser(
+        "calibrate", help="learn what search buys on a model, from your own problems"
+    )
+    calibrate.arguments(calibrating)
     options, rest = parser.parse_known_args()
     if options.command == "doctor":
         if rest:
@@ -60,6 +65,10 @@ def main() -> None:
         if rest:
             parser.error(f"adapters does not know: {' '.join(rest)}")
         sys.exit(_adapters(options))
+    if options.command == "calibrate":
+        if rest:
+            parser.error(f"calibrate does not know: {' '.join(rest)}")
+        sys.exit(calibrate.run(options))
     if rest[:1] in (["--help"], ["-h"]):
         print(_SERVE_HELP, end="")
         return

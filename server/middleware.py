@@ -10,10 +10,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.adapters.binding import Names, bound
+from server.calibration.shelf import Shelf
 from server.errors import reply_to
 from server.reply import exact, mull_field, usage_of
 from server.run import Selection
-from server.selection import ENDPOINTS, MANY, SELECTION, choose
+from server.selection import ENDPOINTS, MANY, SELECTION, choose, equip
 from server.settings import Settings
 from server.sse import HEARTBEAT
 from server.trace import told
@@ -33,8 +34,10 @@ class Choosing:
         models: Callable[[], Collection[str]],
         names: Callable[[], Names | None],
         settings: Settings,
+        shelf: Shelf,
     ) -> None:
         self._app = app
+        self._shelf = shelf
         self._models = models
         self._names = names
         self._settings = settings
@@ -61,6 +64,8 @@ class Choosing:
                         chosen, selection = choose(
                             body, self._models(), headers, path, self._settings
                         )
+                    if selection is not None:
+                        equip(selection, chosen.get("model"), self._shelf, self._settings)
                     binding = bound(names, chosen, selection, counted=path in ENDPOINTS)
                     asked = await stack.enter_async_context(binding)
                     if names is not None:

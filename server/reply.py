@@ -1,9 +1,9 @@
 """Replies are folds over a run: the `mull` field, the exact usage, the native reply."""
 
 from server.run import Run, Selection
-from server.trace import Usage, told
+from server.trace import Usage, planned, told
 from server.wire import JSON, as_object
-from strategies.core.events import Aborted, Started
+from strategies.core.events import Aborted, Planned, Started
 from strategies.core.types import Candidate
 
 
@@ -36,6 +36,8 @@ def mull_field(selection: Selection) -> JSON:
             "continuation_cached_tokens": usage.continued_cached,
         },
     }
+    if selection.model is not None:
+        field["adapter"] = selection.model
     if selection.versions:
         field["adapters"] = dict(selection.versions)
     if usage.consultations:
@@ -54,6 +56,10 @@ def mull_field(selection: Selection) -> JSON:
             "votes": dict(run.outcome.votes),
             "confidence": run.outcome.confidence,
         }
+        if run.outcome.abstained:
+            field["abstained"] = True
+    if plan := [event for _, event in run.trace.events if isinstance(event, Planned)]:
+        field["plan"] = [planned(event) for event in plan]
     if selection.trace is not None:
         field["tree"] = run.trace.tree(selection.trace)
     if selection.trace == "full":

@@ -8,6 +8,7 @@ from server.trace import Detail, Trace, Usage
 from server.wire import JSON
 from strategies.core.answers import Answers
 from strategies.core.budget import Budget, Limits
+from strategies.core.calibration import Calibration
 from strategies.core.context import Context, Reader, Verifier
 from strategies.core.engine import Engine, Remote
 from strategies.core.errors import MullError
@@ -47,6 +48,7 @@ class Run:
             answer_format=selection.strategy.answer,
             read=selection.read,
             remote=remote,
+            calibration=selection.calibration,
         )
 
     async def solve(self) -> Outcome:
@@ -97,6 +99,8 @@ class Selection:
     """The client's own name of the request."""
     user: str | None = None
     """Whom the client says it asks for; it stands in the trace."""
+    calibration: Calibration | None = None
+    """What is known of the model, for strategies that plan."""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     """By the name of an adapter in the strategy, the version that serves this request."""
     read: Reader | None = None

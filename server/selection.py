@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.datastructures import Headers
 
+from server.calibration.shelf import Shelf
 from server.errors import nearest, refusal
 from server.run import Selection
 from server.settings import Settings
@@ -24,9 +25,10 @@ from server.trace import Detail
 from server.verifiers.catalogue import resolve
 from server.verifiers.judge import Judge
 from server.wire import JSON, as_list, as_object
+from strategies.compute_optimal import ComputeOptimal
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
-from strategies.core.strategy import Strategy
+from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.ensemble import Ensemble
 from strategies.registry import STRATEGIES
 
@@ -249,6 +251,32 @@ def select(
         question=_question(request),
         conversation=_conversation(request),
     )
+
+
+def equip(selection: Selection, model: object, shelf: Shelf, settings: Settings) -> None:
+    """Give a strategy that plans what is known of the model, and who judged then.
+
+    Raises:
+        InvalidRequest: The request asks for what only a calibration can give, and there is none.
+    """
+    strategy = selection.strategy
+    if not isinstance(strategy, ComputeOptimal):
+        return
+    known = shelf.find(model) if isinstance(model, str) else None
+    if known is not None:
+        judged = None if known.verifier is None else VerifierChoice.model_validate(known.verifier)
+        if strategy.verifier in (None, judged):
+            selection.calibration = known
+            selection.verifier = None if judged is None else resolve(judged, settings.allowed)
+            return
+    for field in ("verifier", "target_confidence", "min_confidence"):
+        if getattr(strategy, field) is not None:
+            raise InvalidRequest(
+                f"'{field}' needs a calibration of this model"
+                + (" with this verifier" if field == "verifier" else "")
+                + ": see mull calibrate, and GET /v1/calibrations",
+                field=f"strategy.{field}",
+            )
 
 
 def parse(value: JSON, *, inside: str) -> Strategy:

@@ -68,6 +68,9 @@ class Settings(BaseModel):
     max_traces_bytes: int = Field(
         default=1 << 30, ge=1 << 20, description="Of that directory; the oldest runs go first."
     )
+    calibrations: Path | None = Field(
+        default=None, description="A directory of what `mull calibrate` has written."
+    )
     run_code: bool = Field(
         default=False, description="Let the verifier `unit_tests` run candidates' code, locked up."
     )

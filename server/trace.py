@@ -17,6 +17,7 @@ from strategies.core.events import (
     Event,
     Failed,
     Grown,
+    Planned,
     Proposed,
     Read,
     Sampled,
@@ -232,10 +233,21 @@ def told(timed: Timed) -> dict[str, Any]:
             said |= {"index": event.index, "answer": event.answer, "weight": event.weight}
         case Started() | Aborted():
             said |= {"index": event.index, "tokens": event.tokens}
+        case Planned():
+            said |= planned(event)
         case Committed():
             said |= {"index": event.index}
         case Chosen():
             said |= {"index": event.index, "stopped": event.stopped}
         case Failed():
             said |= {"stopped": event.stopped, "error": event.error}
+    return said
+
+
+def planned(event: Planned) -> dict[str, Any]:
+    """A decision as clients read it."""
+    said: dict[str, Any] = {"samples": event.samples, "option": event.option, "why": event.why}
+    if event.confidence is not None:
+        said |= {"confidence": event.confidence, "difficulty": list(event.posterior)}
+        said |= {"gain": event.gain, "tokens": event.tokens, "price": event.price}
     return said

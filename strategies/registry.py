@@ -7,12 +7,13 @@ from pydantic import Field, TypeAdapter
 from strategies.beam_search import BeamSearch
 from strategies.best_of_n import BestOfN
 from strategies.chain_of_thought import ChainOfThought
+from strategies.compute_optimal import ComputeOptimal
 from strategies.core.strategy import Strategy
 from strategies.self_consistency import SelfConsistency
 from strategies.tree_of_thoughts import TreeOfThoughts
 
 AnyStrategy = Annotated[
-    ChainOfThought | BestOfN | SelfConsistency | BeamSearch | TreeOfThoughts,
+    ChainOfThought | BestOfN | SelfConsistency | BeamSearch | TreeOfThoughts | ComputeOptimal,
     Field(discriminator="kind"),
 ]
 
@@ -22,6 +23,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "self_consistency": SelfConsistency,
     "beam_search": BeamSearch,
     "tree_of_thoughts": TreeOfThoughts,
+    "compute_optimal": ComputeOptimal,
 }
 
 ANY_STRATEGY: TypeAdapter[Strategy] = TypeAdapter(AnyStrategy)

@@ -72,7 +72,8 @@ class Base:
         return cls(folder, tokenizer, template)
 
     @cached_property
-    def _weights(self) -> str | None:
+    def weights(self) -> str | None:
+        """SHA-256 of the digests of its files of weights, by name."""
         files = [] if self.folder is None else sorted(self.folder.glob("*.safetensors"))
         return _sha("".join(map(_file_sha, files))) if files else None
 
@@ -90,7 +91,7 @@ class Base:
                 return "chat template"
         if trained.tokenizer not in (None, self._tokenizer or trained.tokenizer):
             return "tokenizer"
-        if trained.weights not in (None, self._weights or trained.weights):
+        if trained.weights not in (None, self.weights or trained.weights):
             return "weights"
         return None
 

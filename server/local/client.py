@@ -14,9 +14,10 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.admission import Admission
+from server.calibration.shelf import Shelf
 from server.local.engine import Adapter, Asked, Client, LocalEngine
 from server.run import Run, Selection
-from server.selection import SELECTION, from_xargs
+from server.selection import SELECTION, equip, from_xargs
 from server.settings import Settings
 from server.store import Store
 from server.verifiers.catalogue import adapters, talkers
@@ -52,6 +53,7 @@ class Reasoner:
         sandbox: Sandbox,
         adapter: "Adapter",
         settings: Settings,
+        shelf: Shelf,
         remote: Remote,
     ) -> None:
         self._client = client
@@ -61,6 +63,7 @@ class Reasoner:
         self._answers = Answers(sandbox)
         self._adapter = adapter
         self._settings = settings
+        self._shelf = shelf
         self._remote = remote
 
     def __call__(
@@ -70,6 +73,8 @@ class Reasoner:
         selection = SELECTION.get()
         if selection is None and sampling_params.extra_args:
             selection = from_xargs(sampling_params.extra_args, self._settings)
+            if selection is not None:
+                equip(selection, None, self._shelf, self._settings)
         if selection is None:
             return self._client.generate(prompt, sampling_params, request_id, **options)
         versions = selection.versions
@@ -116,6 +121,11 @@ class Reasoner:
                     pass
 
         with self._admission.admit(engine) as admitted:
+            lora = asked.options.get("lora_request")
+            selection.model = None if lora is None else lora.lora_name
+            known = selection.calibration
+            if known is not None and known.digests.get("adapter") != selection.model:
+                selection.calibration = selection.verifier = None  # of another version
             run = Run(
                 selection,
                 problem,
@@ -126,8 +136,6 @@ class Reasoner:
                 name,
                 remote=self._remote,
             )
-            lora = asked.options.get("lora_request")
-            selection.model = None if lora is None else lora.lora_name
             selection.begin(run)
             with self._store.keeping(run):
                 async with Background(run.solve()) as solving:
@@ -164,12 +172,14 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
     if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
         raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
     reads = "the adapter" if adapters(selection.verifier) else None
-    goes_on = selection.strategy.kind if selection.strategy.stepwise else reads
+    searches = selection.calibration is not None and selection.calibration.searches
+    stepwise = selection.strategy.stepwise or bool(searches)
+    goes_on = selection.strategy.kind if stepwise else reads
     if goes_on is not None and asked.prompt["type"] != "token":
         raise InvalidRequest(
             f"{goes_on} goes on from tokens, and a picture or a sound has none", field="messages"
         )
-    if selection.strategy.stepwise:
+    if stepwise:
         for field, idle in _COUNTED.items():
             if getattr(asked.params, field) not in (None, idle):
                 raise InvalidRequest(

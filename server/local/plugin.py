@@ -3,6 +3,7 @@
 The same object under `mull serve` and under `VLLM_PLUGINS=mull vllm serve`.
 """
 
+import asyncio
 from argparse import Namespace
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from server import metrics
 from server.adapters.registry import Registry
 from server.admission import Admission
 from server.archive import Archive
+from server.calibration.shelf import Shelf
 from server.endpoints import Endpoints
 from server.errors import handle, nearest, reply_to
 from server.local.adapters import Adapters, Base
@@ -27,7 +29,7 @@ from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
 from server.local.engine import Client, Judges, Vocabulary
 from server.middleware import Choosing
-from server.routes import adapters, models, traces, verify
+from server.routes import adapters, calibrations, models, traces, verify
 from server.routes import strategies as routes
 from server.settings import Settings
 from server.store import Store
@@ -45,12 +47,14 @@ class Plugin:
         self._settings = Settings.read()
         self._state: State | None = None
         self._adapters: Adapters | None = None
+        self._shelf = Shelf(self._settings.calibrations)
 
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes, errors and the choosing middleware on vLLM's app."""
         app.include_router(routes.router)
         app.include_router(traces.router)
         app.include_router(verify.router)
+        app.include_router(calibrations.router)
         if self._settings.adapters:
             app.include_router(adapters.router)
         if self._settings.presets or self._settings.adapters:
@@ -58,7 +62,11 @@ class Plugin:
         app.add_exception_handler(MullError, handle)
         app.add_exception_handler(EngineDeadError, _engine_died)
         app.add_middleware(
-            Choosing, models=self.models, names=lambda: self._adapters, settings=self._settings
+            Choosing,
+            models=self.models,
+            names=lambda: self._adapters,
+            settings=self._settings,
+            shelf=self._shelf,
         )
 
     async def init_state(
@@ -83,6 +91,9 @@ class Plugin:
             if serving is not None:
                 teach(serving, make)
         engine: Any = engine_client
+        state.base, state.shelf = _base(engine, state), self._shelf
+        if self._settings.calibrations is not None:
+            self._shelf.check(await asyncio.to_thread(lambda: state.base.weights))
         self._adapters = state.adapters = self._registered(engine, state)
         admission = Admission(
             requests=self._settings.max_running_requests,
@@ -105,6 +116,7 @@ class Plugin:
             sandbox=sandbox,
             adapter=self._adapter,
             settings=self._settings,
+            shelf=self._shelf,
             remote=remote,
         )
 
@@ -137,19 +149,11 @@ class Plugin:
             raise ValueError(  # each would give its adapters numbers that the others give, too
                 "MULL_ADAPTERS needs --api-server-count 1; start more servers on the same registry"
             )
-        chat = state.openai_serving_chat
-        template = None if chat is None else chat.chat_template
         return Adapters(
             engine=engine,
             generate=engine.generate,
             models=state.openai_serving_models,
-            base=Base.find(
-                config.model_config.model,
-                engine.get_tokenizer,
-                template,
-                revision=config.model_config.revision,
-                cache_dir=config.load_config.download_dir,
-            ),
+            base=state.base,
             registry=Registry(settings.adapters),
             imports=settings.adapter_imports,
             gate=settings.adapter_gate,
@@ -164,6 +168,17 @@ class Plugin:
             hint = nearest(name, sorted(self.models()))
             raise InvalidRequest(f"there is no adapter '{name[:200]}'; {hint}", field=field)
         return known.get(name)
+
+
+def _base(engine: Any, state: State) -> Base:
+    config, chat = engine.vllm_config, state.openai_serving_chat
+    return Base.find(
+        config.model_config.model,
+        engine.get_tokenizer,
+        None if chat is None else chat.chat_template,
+        revision=config.model_config.revision,
+        cache_dir=config.load_config.download_dir,
+    )
 
 
 def _ends(engine: Any) -> list[int]:

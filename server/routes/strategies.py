@@ -13,7 +13,7 @@ from server.adapters.binding import bound
 from server.errors import nearest
 from server.reply import exact, native
 from server.run import Selection
-from server.selection import SELECTION, choose, parse
+from server.selection import SELECTION, choose, equip, parse
 from server.sse import EventStream, Refused, event
 from server.trace import told
 from server.verifiers.catalogue import VERIFIERS
@@ -134,6 +134,7 @@ async def solve(kind: str, request: Request) -> Response:
         state.settings,
     )
     assert selection is not None
+    equip(selection, asked.get("model"), state.shelf, state.settings)
     if streamed:
         events = _events(chat, asked, request, selection)
         return EventStream(events, heartbeat_seconds=state.settings.heartbeat_seconds)

@@ -15,8 +15,10 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import count
 from math import inf, isnan
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
@@ -24,6 +26,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar, cast
 from strategies.core.aio import Arrivals, Group
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
+from strategies.core.calibration import Calibration
 from strategies.core.engine import Engine, Remote
 from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
 from strategies.core.events import (
@@ -123,6 +126,7 @@ class Context:
         answer_format: AnswerFormat | None = None,
         read: Reader | None = None,
         remote: Remote | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.engine = engine
         self.budget = budget
@@ -131,13 +135,25 @@ class Context:
         self._remote = remote
         self.emit = emit
         self.verifier = verifier
+        self.calibration = calibration
         self.answer_format = answer_format or AnswerFormat()
         self._read = read
         self._read_so_far: dict[tuple[str, tuple[int, ...]], dict[bytes, tuple[float, ...]]] = {}
         """By adapter and labels, then by the digest of what was read."""
-        self._next = 0
-        self._apart = 0
+        self._numbers = count()
+        self._apart = count(1)
         self._short: StopReason | None = None
+
+    def inner(self) -> "Context":
+        """The same hands for a search that is a part of this one: what it chooses ends nothing."""
+
+        def emit(event: Event) -> None:
+            if not isinstance(event, Chosen | Committed):
+                self.emit(event)
+
+        inner = copy(self)
+        inner.emit = emit
+        return inner
 
     def sampling(self, problem: Problem, n: "int | Sequence[Draw]") -> "Sampling":
         """Start up to `n` samples, or these; iterate over them as they finish.
@@ -316,9 +332,8 @@ class Context:
         self, token_ids: tuple[int, ...], max_tokens: int, adapter: str | None, **more: Any
     ) -> Generation:
         """A sequence that is no part of an answer. Its number is below zero."""
-        self._apart += 1
         return Generation(
-            index=-self._apart,
+            index=-next(self._apart),
             token_ids=token_ids,
             max_tokens=max_tokens,
             adapter=adapter,
@@ -474,8 +489,7 @@ class Context:
 
     def number(self) -> int:
         """The index of the next sequence of this run."""
-        self._next += 1
-        return self._next - 1
+        return next(self._numbers)
 
     def fell_short(self, reason: StopReason) -> None:
         """Remember why fewer samples than asked for could be had; the first reason stays."""

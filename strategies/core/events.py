@@ -90,6 +90,23 @@ class Voted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A decision on how to go on, and what it goes by."""
+
+    samples: int
+    """So many were there."""
+    option: str | None
+    """A number of samples, or a search by name; None: to stop."""
+    why: str
+    confidence: float | None = None
+    posterior: tuple[float, ...] = ()
+    """Of the bins of difficulty."""
+    gain: float | None = None
+    tokens: float | None = None
+    price: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
     """This sequence is the answer, finished or not: its pieces may go to the client at once."""
 
@@ -124,6 +141,7 @@ Event = (
     | Read
     | Consulted
     | Voted
+    | Planned
     | Committed
     | Chosen
     | Failed

@@ -210,4 +210,9 @@ class Outcome:
     votes: Mapping[str, float] = field(default_factory=dict[str, float])
     """By answer, where there was a vote."""
     confidence: float | None = None
-    """The probability that the vote's winner stays the winner, where the rule estimates one."""
+    """The probability that the vote's winner stays the winner, where the rule estimates one.
+
+    Of a calibrated strategy, the probability that the answer is right.
+    """
+    abstained: bool = False
+    """Whether that is less than the client asked for."""

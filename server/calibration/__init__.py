@@ -1,0 +1,1 @@
+"""`mull calibrate`: a pool of samples, and what it says of new problems."""

@@ -1,0 +1,263 @@
+"""Compute-optimal: look how hard a problem is, and spend where a token buys most."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from strategies.beam_search import BeamSearch
+from strategies.core.calibration import Ballot, Calibration, Plan, leader, plan
+from strategies.core.context import Context
+from strategies.core.errors import BudgetSpent, MullError, NoCandidate
+from strategies.core.events import Planned
+from strategies.core.strategy import Strategy, VerifierChoice
+from strategies.core.types import Candidate, Outcome, Problem
+from strategies.self_consistency import SelfConsistency
+from strategies.tree_of_thoughts import TreeOfThoughts
+
+SEARCH: TypeAdapter[BeamSearch | TreeOfThoughts] = TypeAdapter(BeamSearch | TreeOfThoughts)
+"""The searches that a calibration may name."""
+
+_USUAL = 16
+"""Samples whose price holds where no budget says another."""
+
+
+class ComputeOptimal(Strategy, frozen=True):
+    """Draw a few samples, estimate how hard the problem is, and go on while it pays.
+
+    What `mull calibrate` has learned of this model says, after 4, 8, 16 … samples: the probability
+    that the leading answer is right, how likely the problem is of each bin of difficulty, and what
+    each option (more samples, a search) would gain and cost. An option is taken if it gains more
+    P(right) than its tokens are worth; their price is what accuracy costs at the end of the budget
+    with a fixed number of samples. With `target_confidence`, it goes on until that is reached. All
+    samples and what a search finds vote together. The plan stands in the reply.
+
+    Without a calibration of this model and verifier: self-consistency of up to 16 samples, ended
+    when the Beta posterior of the two leading answers is 0.95 sure; the reply says so.
+    """
+
+    cost: ClassVar[str] = "as much as pays: from the probe to all of the budget"
+    paper: ClassVar[str] = (
+        "Snell et al. 2024, Scaling LLM Test-Time Compute Optimally, arXiv:2408.03314; "
+        "Damani et al. 2024, Learning How Hard to Think, arXiv:2410.04707"
+    )
+
+    kind: Literal["compute_optimal"] = "compute_optimal"
+    n: int = Field(default=64, ge=1, le=256, description="Samples at most.")
+    verifier: VerifierChoice | None = Field(
+        default=None, description="Who judges the samples; unset: as calibrated."
+    )
+    target_confidence: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Go on until the answer is right with this probability, whatever it costs.",
+    )
+    min_confidence: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Below this probability the reply says that it abstained.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (
+            self.target_confidence is not None
+            and self.min_confidence is not None
+            and self.min_confidence > self.target_confidence
+        ):
+            raise ValueError("'min_confidence' is above 'target_confidence'")
+        return self
+
+    def most(self) -> int:
+        """All its samples."""
+        return self.n
+
+    def judged_by(self) -> VerifierChoice | None:
+        """The verifier of the samples, if it is named."""
+        return self.verifier
+
+    async def solve(self, problem: Problem, ctx: Context) -> Outcome:
+        """Probe, plan, spend, until nothing more pays."""
+        if ctx.calibration is None:
+            why = "no calibration of this model and verifier: votes until 0.95 sure, 16 at most"
+            ctx.emit(Planned(samples=0, option=str(min(self.n, _USUAL)), why=why))
+            if ctx.verifier is not None:
+                raise MullError("a verifier needs a calibration")  # the server sees to that
+            usual = SelfConsistency(
+                n=min(self.n, _USUAL), early_stop="confidence", answer=self.answer
+            )
+            return await usual.solve(problem, ctx)
+        return await _Search(self, problem, ctx, ctx.calibration).run()
+
+
+class _Search:
+    """One run: what there is so far, and what it looks like."""
+
+    def __init__(
+        self, strategy: ComputeOptimal, problem: Problem, ctx: Context, calibration: Calibration
+    ) -> None:
+        self._strategy = strategy
+        self._problem = problem
+        self._ctx = ctx
+        self._calibration = calibration
+        self._candidates: list[Candidate] = []
+        self._scores: dict[int, float] = {}
+        self._answers: list[str] = []
+        self._places: dict[int, int] = {}
+        """By candidate, which of the answers it gives."""
+        budget = ctx.budget
+        tokens = budget.left
+        if tokens is None and budget.samples_left is not None:
+            tokens = budget.samples_left * self._per_sample()
+        if tokens is None:
+            tokens = _USUAL * self._per_sample()
+        self._price = calibration.price(tokens)
+
+    async def run(self) -> Outcome:
+        """To the end."""
+        strategy, ctx = self._strategy, self._ctx
+        stages = [one.samples for one in self._calibration.stages]
+        wanted = min(stages[0], strategy.n)
+        while True:
+            short = not await self._draw(wanted - len(self._candidates))
+            decision = self._planned(over=short)
+            if decision.option is None:
+                break
+            if not decision.option.isdigit():
+                await self._search(decision.option)
+                decision = self._planned(over=True)
+                break
+            # One stage at a time: what the next samples say may change the plan.
+            further = [one for one in stages if one > wanted]
+            wanted = min([int(decision.option), *further[:1]])
+        first = leader(self._ballots(), self._calibration.rule)
+        least = strategy.min_confidence
+        return await ctx.choose(
+            self._problem,
+            sorted(self._candidates, key=lambda one: self._badness(one, first)),
+            decided=decision.option is None and not short,
+            scores=self._scores,
+            votes=self._votes(),
+            confidence=decision.confidence,
+            abstained=least is not None and decision.confidence < least,
+        )
+
+    async def _draw(self, n: int) -> bool:
+        """Add so many samples; whether all could be had and judged."""
+        if n <= 0:
+            return True
+        try:
+            drawn = await self._ctx.sample_many(self._problem, n)
+        except NoCandidate:
+            if self._candidates:
+                return False
+            raise
+        return await self._add(drawn) and len(drawn) == n
+
+    async def _add(self, drawn: Sequence[Candidate]) -> bool:
+        """Judge and place what came; False if the budget ended before it was judged."""
+        self._candidates += drawn
+        for one in drawn:
+            if one.answer is not None and one.complete:
+                place = await self._ctx.place(one.answer, self._answers)
+                if place is None:
+                    place = len(self._answers)
+                    self._answers.append(one.answer)
+                self._places[one.index] = place
+        fresh = [one for one in drawn if one.index not in self._scores]
+        if self._ctx.verifier is None or not fresh:
+            return True
+        try:
+            verdicts = await self._ctx.verify(self._problem, fresh)
+        except BudgetSpent:
+            return False
+        self._scores |= {
+            one.index: verdict.score for one, verdict in zip(fresh, verdicts, strict=True)
+        }
+        return True
+
+    async def _search(self, name: str) -> None:
+        """A search by the calibration's name; what it ends with votes with the samples."""
+        search = SEARCH.validate_python(
+            self._calibration.searches[name]
+            | {"verifier": self._calibration.verifier, "answer": self._strategy.answer}
+        )
+        try:
+            outcome = await search.solve(self._problem, self._ctx.inner())
+        except (NoCandidate, BudgetSpent):
+            return
+        self._scores |= outcome.scores
+        await self._add(outcome.candidates)
+
+    def _planned(self, *, over: bool) -> Plan:
+        """What to do next; nothing if it is over. It goes on record."""
+        budget, strategy = self._ctx.budget, self._strategy
+        most = strategy.n
+        if budget.samples_left is not None:
+            most = min(most, len(self._candidates) + budget.samples_left)
+        late = budget.seconds_left is not None and budget.seconds_left <= 0
+        decision = plan(
+            self._calibration,
+            self._ballots(),
+            prompt_tokens=len(self._problem.token_ids),
+            price=self._price,
+            left=0.0 if over or late else budget.left,
+            most=most,
+            wanted=strategy.target_confidence,
+        )
+        goal = strategy.target_confidence
+        if decision.option is not None:
+            why = "it gains more than its tokens are worth" if goal is None else "not sure enough"
+        elif goal is not None and decision.confidence >= goal:
+            why = "as sure as asked for"
+        else:
+            why = "nothing more can be had" if over or late else "nothing gains what it would cost"
+        self._ctx.emit(
+            Planned(
+                samples=len(self._candidates),
+                option=decision.option,
+                why=why,
+                confidence=decision.confidence,
+                posterior=decision.posterior,
+                gain=decision.gain,
+                tokens=decision.tokens,
+                price=decision.price,
+            )
+        )
+        return decision
+
+    def _ballots(self) -> list[Ballot]:
+        return [
+            Ballot(self._places.get(one.index), self._scores.get(one.index), len(one.token_ids))
+            for one in self._candidates
+        ]
+
+    def _votes(self) -> dict[str, float]:
+        """By answer, what the rule counts."""
+        votes: dict[str, float] = {}
+        for one in self._candidates:
+            if (place := self._places.get(one.index)) is not None:
+                score = self._scores.get(one.index) or 0.0
+                answer, before = self._answers[place], votes.get(self._answers[place], 0.0)
+                match self._calibration.rule:
+                    case "votes":
+                        votes[answer] = before + 1.0
+                    case "weighted":
+                        votes[answer] = before + score
+                    case "max":
+                        votes[answer] = max(before, score)
+        return votes
+
+    def _badness(self, one: Candidate, first: int | None) -> tuple[float, ...]:
+        """Of the leading answer first; then what ended by itself and scored best."""
+        place = self._places.get(one.index)
+        votes = 0.0 if place is None else self._votes()[self._answers[place]]
+        leads = place is not None and place == first
+        score = self._scores.get(one.index) or 0.0
+        return (not leads, not one.complete, -votes, -score, one.index)
+
+    def _per_sample(self) -> float:
+        """Tokens of a sample, the verifier's included, in the mean."""
+        return self._calibration.fixed[0][0]

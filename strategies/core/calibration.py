@@ -1,0 +1,311 @@
+"""What past problems say of a new one: how hard it looks, how sure an answer is, what more buys.
+
+Pure numbers, as `mull calibrate` writes them; knows no engine and no file.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from strategies.core.vote import Tally
+
+SCHEMA_VERSION = 1
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+Rule = Literal["votes", "weighted", "max"]
+"""How samples elect an answer: one vote each, by their scores, or the best score alone."""
+
+FEATURES = (
+    "share of the leading answer",
+    "lead over the second answer",
+    "answers per sample",
+    "samples without an answer",
+    "best score of the leading answer",
+    "mean score of the leading answer",
+    "best score of the others",
+    "mean score",
+    "logarithm of tokens per sample",
+    "logarithm of the tokens of the prompt",
+)
+"""What a set of samples looks like; see `features`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """A sample as it is voted with."""
+
+    place: int | None
+    """Which of the different answers it gives, by number."""
+    score: float | None
+    """A verifier's, in [0, 1]."""
+    tokens: int
+
+
+def leader(ballots: Sequence[Ballot], rule: Rule) -> int | None:
+    """The answer that samples elect, by its number; ties go to the earliest sample."""
+    tally, best = Tally(), (-1.0, None)
+    for index, one in enumerate(ballots):
+        if one.place is None:
+            continue
+        if rule == "max":
+            best = max(best, (one.score or 0.0, one.place), key=lambda pair: pair[0])
+            continue
+        name = str(one.place)
+        place = tally.answers.index(name) if name in tally.answers else None
+        tally.count(place, name, 1.0 if rule == "votes" else one.score or 0.0, index)
+    if rule == "max":
+        return best[1]
+    return int(tally.answers[tally.ranked()[0]]) if tally.answers else None
+
+
+def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple[float, ...]:
+    """The numbers that `FEATURES` names; without scores, those about scores are 0."""
+    first = leader(ballots, rule)
+    n = len(ballots)
+    counts: dict[int, int] = {}
+    for one in ballots:
+        if one.place is not None:
+            counts[one.place] = counts.get(one.place, 0) + 1
+    others = max((count for place, count in counts.items() if place != first), default=0)
+    mine = [one.score or 0.0 for one in ballots if one.place is not None and one.place == first]
+    rest = [one.score or 0.0 for one in ballots if one.place != first]
+    return (
+        len(mine) / n,
+        (len(mine) - others) / n,
+        len(counts) / n,
+        (n - sum(counts.values())) / n,
+        max(mine, default=0.0),
+        sum(mine) / len(mine) if mine else 0.0,
+        max(rest, default=0.0),
+        sum(one.score or 0.0 for one in ballots) / n,
+        math.log1p(sum(one.tokens for one in ballots) / n),
+        math.log1p(prompt_tokens),
+    )
+
+
+class _Fitted(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Logit(_Fitted):
+    """A logistic model of features that are centred and scaled."""
+
+    weights: tuple[Number, ...] = Field(min_length=len(FEATURES), max_length=len(FEATURES))
+    bias: Number
+
+    def __call__(self, scaled: Sequence[float]) -> float:
+        """The logit."""
+        return self.bias + sum(w * x for w, x in zip(self.weights, scaled, strict=True))
+
+
+class More(_Fitted):
+    """What going on to `option` brings, by bin."""
+
+    option: str
+    """A number of samples, or the name of a search."""
+    repairs: tuple[Share, ...]
+    """P(right after it | wrong now)."""
+    spoils: tuple[Share, ...]
+    """P(wrong after it | right now)."""
+    tokens: tuple[Annotated[Number, Field(ge=0)], ...]
+    """Further tokens, the verifier's included."""
+
+
+class Stage(_Fitted):
+    """What is known after so many samples."""
+
+    samples: int = Field(ge=1, le=1024)
+    centre: tuple[Number, ...] = Field(min_length=len(FEATURES), max_length=len(FEATURES))
+    scale: tuple[Annotated[Number, Field(gt=0)], ...] = Field(
+        min_length=len(FEATURES), max_length=len(FEATURES)
+    )
+    difficulty: tuple[Logit, ...] = Field(min_length=1, max_length=32)
+    """One per bin; their softmax is the posterior."""
+    right: Logit
+    """Whether the leading answer is."""
+    knots: tuple[tuple[Share, Share], ...] = Field(default=(), max_length=1024)
+    """What `right` says, and how often it was so; ascending. What lies between is interpolated."""
+    more: tuple[More, ...] = Field(default=(), max_length=64)
+
+    def scaled(self, raw: Sequence[float]) -> list[float]:
+        """Features as the models read them."""
+        return [(x - c) / s for x, c, s in zip(raw, self.centre, self.scale, strict=True)]
+
+    def posterior(self, raw: Sequence[float]) -> list[float]:
+        """How likely the problem is of each bin."""
+        scaled = self.scaled(raw)
+        logits = [one(scaled) for one in self.difficulty]
+        odds = [math.exp(logit - max(logits)) for logit in logits]
+        return [one / sum(odds) for one in odds]
+
+    def confidence(self, raw: Sequence[float]) -> float:
+        """The probability that the leading answer is right."""
+        said = _sigmoid(self.right(self.scaled(raw)))
+        if not self.knots:
+            return said
+        if said <= self.knots[0][0]:
+            return self.knots[0][1]
+        for (low, below), (high, above) in pairwise(self.knots):
+            if said <= high:
+                part = (said - low) / (high - low) if high > low else 1.0
+                return below + part * (above - below)
+        return self.knots[-1][1]
+
+
+class Bin(_Fitted):
+    """Problems of like difficulty."""
+
+    below: Share
+    """Of samples, so many are right, less than this."""
+    problems: int = Field(ge=0)
+
+
+class Cell(_Fitted):
+    """How well one way to spend does, on problems that were not used to say so."""
+
+    name: str
+    tokens: tuple[Number, ...]
+    """By bin, mean, the verifier's included."""
+    accuracy: tuple[Share, ...]
+    low: tuple[Share, ...]
+    """Of a 95 % interval."""
+    high: tuple[Share, ...]
+    mean_tokens: Number
+    mean_accuracy: Share
+
+
+class Calibration(_Fitted):
+    """All of it; a file of `mull calibrate`, which people can read."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    model: str
+    """The served name of what was calibrated."""
+    digests: dict[str, str]
+    """Of the model's weights, the adapter, the verifier, the problems."""
+    verifier: dict[str, Any] | None = None
+    """Who judges the samples, as in a request."""
+    temperature: Number | None = None
+    rule: Rule
+    bins: tuple[Bin, ...] = Field(min_length=1, max_length=32)
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=32)
+    searches: dict[str, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])
+    """By name, in their wire form."""
+    cells: tuple[Cell, ...] = Field(max_length=256)
+    fixed: tuple[tuple[Number, Number], ...] = Field(min_length=1, max_length=256)
+    """(tokens, accuracy) of fixed numbers of samples, ascending in both: the price of accuracy."""
+    evaluation: dict[str, Number] = Field(default_factory=dict[str, float])
+    """Out of fold."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        bins = len(self.bins)
+        for stage in self.stages:
+            if len(stage.difficulty) != bins:
+                raise ValueError(f"stage {stage.samples} does not speak of {bins} bins")
+            for more in stage.more:
+                if {len(more.repairs), len(more.spoils), len(more.tokens)} != {bins}:
+                    raise ValueError(f"'{more.option}' does not speak of {bins} bins")
+                if not more.option.isdigit() and more.option not in self.searches:
+                    raise ValueError(f"there is no search '{more.option}'")
+        if [one.samples for one in self.stages] != sorted({one.samples for one in self.stages}):
+            raise ValueError("stages ascend")
+        return self
+
+    def stage(self, samples: int) -> Stage:
+        """The last stage that so many samples have reached, or the first."""
+        reached = [one for one in self.stages if one.samples <= samples]
+        return reached[-1] if reached else self.stages[0]
+
+    def price(self, tokens: float) -> float:
+        """Accuracy per token that a fixed number of samples buys at the end of so many tokens.
+
+        The slope of the concave hull of `fixed`: what is dearer than that is not worth it.
+        """
+        hull = _hull(self.fixed)
+        for (low, below), (high, above) in pairwise(hull):
+            if tokens <= high:
+                return (above - below) / (high - low)
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do next, and why."""
+
+    option: str | None
+    """A number of samples to go on to, or a search; None: stop."""
+    confidence: float
+    """That the leading answer is right."""
+    posterior: tuple[float, ...]
+    gain: float = 0.0
+    """In P(right), expected of the option."""
+    tokens: float = 0.0
+    """Expected to be spent on it."""
+    price: float = 0.0
+    """Of a token, in P(right)."""
+
+
+def plan(
+    calibration: Calibration,
+    ballots: Sequence[Ballot],
+    *,
+    prompt_tokens: int,
+    price: float,
+    left: float | None,
+    most: int,
+    wanted: float | None = None,
+) -> Plan:
+    """The option that gains most for its price, of those that fit into `left` tokens.
+
+    The gain of an option is (1 - c) * repairs - c * spoils, over bins by their posterior, where c
+    is the confidence. It is taken if it gains more than its tokens cost at `price`; with a `wanted`
+    confidence, if that is not reached and it gains at all, whatever it costs. `most` bounds the
+    samples.
+    """
+    stage = calibration.stage(len(ballots))
+    raw = features(ballots, calibration.rule, prompt_tokens)
+    sure, posterior = stage.confidence(raw), stage.posterior(raw)
+    stop = Plan(None, sure, tuple(posterior), price=price)
+    if wanted is not None and sure >= wanted:
+        return stop
+    best, worth = stop, 0.0
+    for more in stage.more:
+        if more.option.isdigit() and int(more.option) > most:
+            continue
+        tokens, repairs, spoils = (
+            sum(p * x for p, x in zip(posterior, values, strict=True))
+            for values in (more.tokens, more.repairs, more.spoils)
+        )
+        if left is not None and tokens > left:
+            continue
+        gain = (1 - sure) * repairs - sure * spoils
+        net = gain - (0.0 if wanted is not None else price * tokens)
+        if net > worth:
+            worth = net
+            best = Plan(more.option, sure, tuple(posterior), gain, tokens, price)
+    return best
+
+
+def _hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The upper concave hull of points that ascend."""
+    hull: list[tuple[float, float]] = []
+    for point in points:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(one: tuple[float, float], other: tuple[float, float]) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-max(-500.0, min(500.0, logit))))
