@@ -214,6 +214,8 @@ class Calibration(_Fitted):
                     raise ValueError(f"'{more.option}' does not speak of {bins} bins")
                 if not more.option.isdigit() and more.option not in self.searches:
                     raise ValueError(f"there is no search '{more.option}'")
+        if self.searches and self.verifier is None:
+            raise ValueError("searches need a verifier")
         if [one.samples for one in self.stages] != sorted({one.samples for one in self.stages}):
             raise ValueError("stages ascend")
         return self

@@ -15,7 +15,10 @@ import httpx
 import psutil
 import pytest
 
+from models import MULL_TINY
+from server.local.adapters import Base
 from server.local.defaults import has_bfloat16
+from tests.strategies.test_calibration import calibration
 
 
 @dataclass
@@ -113,7 +116,17 @@ def serve():
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("server")
-    with serving(folder / "log", MULL_TRACES=str(folder / "traces")) as served:
+    shelf = folder / "calibrations"
+    shelf.mkdir()
+    for name, model, weights in (
+        ("small", "mull-tiny", Base(MULL_TINY, lambda: None, None).weights),
+        ("foreign", "another", "0" * 64),
+    ):
+        said = {"name": name, "model": model, "digests": {"weights": weights}}
+        text = calibration().model_copy(update=said).model_dump_json()
+        (shelf / f"{name}.json").write_text(text)
+    environment = {"MULL_TRACES": str(folder / "traces"), "MULL_CALIBRATIONS": str(shelf)}
+    with serving(folder / "log", **environment) as served:
         yield served
 
 
