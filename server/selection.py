@@ -48,6 +48,7 @@ _NOBODY = "?"
 """Owns a run whose asker is not known: no key's digest, nor the owner of those who send none."""
 
 _HEADER = "x-mull-strategy"
+_EFFORT = "reasoning_effort"
 _LONGEST = 16_384
 """Characters of a strategy in a header or in `vllm_xargs`."""
 
@@ -116,6 +117,8 @@ def choose(
         if named is not None
     ]
     budget = _budget(body.get("budget"), _loaded(xargs.get("budget"), "vllm_xargs.budget"))
+    if not choices and (effort := _effort(body, model, settings)) is not None:
+        choices = [effort]
     if not choices:
         for field, words in (("budget", "bounds"), ("trace", "shows the progress of")):
             if field in body or (field == "budget" and budget is not None):
@@ -127,6 +130,8 @@ def choose(
         raise InvalidRequest("a strategy takes one prompt per request", field="strategy")
     choice = _agreed(choices)
     ours = ("strategy", "budget", "trace", *(() if path == "/v1/responses" else ("store",)))
+    if choice.place == _EFFORT:  # it has been obeyed, and is no longer for the template
+        ours = (*ours, _EFFORT, "reasoning")
     rest = {key: value for key, value in body.items() if key not in ours}
     if model is not None:
         rest["model"] = model
@@ -361,6 +366,19 @@ def _named(named: object, field: str, settings: Settings) -> Choice:
     if wire is None:
         raise InvalidRequest(f"'{field}' is an object with a 'kind', or a name alone", field=field)
     return Choice(place=field, strategy=parse(wire, inside=field), bare=wire.keys() == {"kind"})
+
+
+def _effort(body: JSON, model: str | None, settings: Settings) -> Choice | None:
+    """What an effort means for a model that the operator has given budgets."""
+    budgets = settings.efforts.get(model or "")
+    effort = body.get(_EFFORT) or (as_object(body.get("reasoning")) or {}).get("effort")
+    if budgets is None or effort is None:
+        return None
+    if not isinstance(effort, str) or effort not in budgets:
+        raise InvalidRequest(
+            f"'{_EFFORT}' is one of {', '.join(budgets)} with '{model}'", field=_EFFORT
+        )
+    return Choice(place=_EFFORT, strategy=ComputeOptimal(), budget=budgets[effort], bare=True)
 
 
 def _agreed(choices: list[Choice]) -> Choice:

@@ -39,7 +39,7 @@ class Preset(BaseModel):
 class Settings(BaseModel):
     """What an operator may set: in the YAML file that MULL_CONFIG names, or as MULL_<NAME>.
 
-    The environment wins. Presets, endpoints, limits and the gate are for the file only.
+    The environment wins. Presets, endpoints, limits, efforts and the gate are for the file only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,6 +100,11 @@ class Settings(BaseModel):
         default_factory=dict[str, Preset], description="Strategies by name."
     )
 
+    efforts: dict[str, dict[str, Limits]] = Field(
+        default_factory=dict[str, dict[str, Limits]],
+        description="By served model, the budget of `compute_optimal` for each reasoning_effort.",
+    )
+
     @field_validator("presets")
     @classmethod
     def _named(cls, presets: dict[str, Preset]) -> dict[str, Preset]:
@@ -135,7 +140,13 @@ class Settings(BaseModel):
         """
         path = os.environ.get("MULL_CONFIG")
         found = _file(Path(path)) if path else {}
-        scalars = cls.model_fields.keys() - {"limits", "presets", "endpoints", "adapter_gate"}
+        scalars = cls.model_fields.keys() - {
+            "limits",
+            "presets",
+            "endpoints",
+            "adapter_gate",
+            "efforts",
+        }
         names = {name: os.environ.get(f"MULL_{name.upper()}") for name in scalars}
         given = {name: value for name, value in names.items() if value}  # empty is unset
         try:

@@ -16,6 +16,7 @@ CHAT = "/v1/chat/completions"
 SETTINGS = Settings.model_validate(
     {
         "limits": {"tokens": 1000},
+        "efforts": {"tiny": {"low": {"samples": 4}, "high": {"samples": 64, "seconds": 9}}},
         "presets": {
             "deep": {"strategy": {"kind": "best_of_n", "n": 3}, "budget": {"tokens": 500}},
             "short": {"strategy": {"kind": "best_of_n", "n": 3}, "budget": {"tokens": 50}},
@@ -237,3 +238,31 @@ def test_judges_read_the_question_or_all_of_a_longer_conversation():
     longer = question(asked, ("assistant", "4"), ("user", "And twice that?"))
     assert longer == "user: 2 + 2?\n\nassistant: 4\n\nuser: And twice that?"
     assert question(("system", "Be brief.")) == ""
+
+
+def test_an_effort_is_a_budget_where_the_operator_gave_some():
+    body, selection = choose(ASKED | {"reasoning_effort": "low"}, {"tiny"})
+    assert selection is not None
+    assert selection.strategy.kind == "compute_optimal"
+    assert selection.limits == Limits(samples=4)
+    assert "reasoning_effort" not in body
+    asked = {"model": "tiny", "input": "1 + 1?", "reasoning": {"effort": "high"}}
+    selection = choose(asked | {"budget": {"seconds": 2}}, {"tiny"})[1]
+    assert selection is not None
+    assert selection.limits == Limits(samples=64, seconds=2)
+
+
+def test_an_effort_without_budgets_or_beside_a_strategy_is_the_templates():
+    other = ASKED | {"model": "other", "reasoning_effort": "low"}
+    assert choose(other, {"tiny", "other"}) == (other, None)
+    named = ASKED | {"reasoning_effort": "any", "strategy": "best_of_n"}
+    body, selection = choose(named, {"tiny"})
+    assert body["reasoning_effort"] == "any"
+    assert selection is not None
+    assert selection.strategy.kind == "best_of_n"
+
+
+def test_an_unknown_effort_is_refused_by_name():
+    with pytest.raises(InvalidRequest, match="low, high") as wrong:
+        choose(ASKED | {"reasoning_effort": "extreme"}, {"tiny"})
+    assert wrong.value.field == "reasoning_effort"
