@@ -26,6 +26,9 @@ from strategies.core.errors import InvalidRequest
 from strategies.registry import STRATEGIES, AnyStrategy
 
 
+_FILE_ONLY = {"limits", "presets", "endpoints", "adapter_gate", "efforts"}
+
+
 class Preset(BaseModel):
     """A strategy with a name, for clients that can only pick a model."""
 
@@ -140,13 +143,7 @@ class Settings(BaseModel):
         """
         path = os.environ.get("MULL_CONFIG")
         found = _file(Path(path)) if path else {}
-        scalars = cls.model_fields.keys() - {
-            "limits",
-            "presets",
-            "endpoints",
-            "adapter_gate",
-            "efforts",
-        }
+        scalars = cls.model_fields.keys() - _FILE_ONLY
         names = {name: os.environ.get(f"MULL_{name.upper()}") for name in scalars}
         given = {name: value for name, value in names.items() if value}  # empty is unset
         try:

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from server.selection import choose as choose_from
 from server.selection import from_xargs, owner
 from server.settings import Settings
+from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
 
 MODELS = {"tiny", "org/model:latest"}
@@ -244,12 +245,12 @@ def test_an_effort_is_a_budget_where_the_operator_gave_some():
     body, selection = choose(ASKED | {"reasoning_effort": "low"}, {"tiny"})
     assert selection is not None
     assert selection.strategy.kind == "compute_optimal"
-    assert selection.limits == Limits(samples=4)
+    assert selection.limits == Limits(samples=4, tokens=1000)
     assert "reasoning_effort" not in body
     asked = {"model": "tiny", "input": "1 + 1?", "reasoning": {"effort": "high"}}
     selection = choose(asked | {"budget": {"seconds": 2}}, {"tiny"})[1]
     assert selection is not None
-    assert selection.limits == Limits(samples=64, seconds=2)
+    assert selection.limits == Limits(samples=64, seconds=2, tokens=1000)
 
 
 def test_an_effort_without_budgets_or_beside_a_strategy_is_the_templates():
