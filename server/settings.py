@@ -25,7 +25,6 @@ from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
 from strategies.registry import STRATEGIES, AnyStrategy
 
-
 _FILE_ONLY = {"limits", "presets", "endpoints", "adapter_gate", "efforts"}
 
 
