@@ -8,11 +8,12 @@ from strategies.beam_search import BeamSearch
 from strategies.best_of_n import BestOfN
 from strategies.chain_of_thought import ChainOfThought
 from strategies.core.strategy import Strategy
+from strategies.deep_confidence import DeepConfidence
 from strategies.self_consistency import SelfConsistency
 from strategies.tree_of_thoughts import TreeOfThoughts
 
 AnyStrategy = Annotated[
-    ChainOfThought | BestOfN | SelfConsistency | BeamSearch | TreeOfThoughts,
+    ChainOfThought | BestOfN | SelfConsistency | DeepConfidence | BeamSearch | TreeOfThoughts,
     Field(discriminator="kind"),
 ]
 
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "chain_of_thought": ChainOfThought,
     "best_of_n": BestOfN,
     "self_consistency": SelfConsistency,
+    "deep_confidence": DeepConfidence,
     "beam_search": BeamSearch,
     "tree_of_thoughts": TreeOfThoughts,
 }
