@@ -10,10 +10,17 @@ from strategies.chain_of_thought import ChainOfThought
 from strategies.core.strategy import Strategy
 from strategies.deep_confidence import DeepConfidence
 from strategies.self_consistency import SelfConsistency
+from strategies.self_refine import SelfRefine
 from strategies.tree_of_thoughts import TreeOfThoughts
 
 AnyStrategy = Annotated[
-    ChainOfThought | BestOfN | SelfConsistency | DeepConfidence | BeamSearch | TreeOfThoughts,
+    ChainOfThought
+    | BestOfN
+    | SelfConsistency
+    | DeepConfidence
+    | SelfRefine
+    | BeamSearch
+    | TreeOfThoughts,
     Field(discriminator="kind"),
 ]
 
@@ -22,6 +29,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "best_of_n": BestOfN,
     "self_consistency": SelfConsistency,
     "deep_confidence": DeepConfidence,
+    "self_refine": SelfRefine,
     "beam_search": BeamSearch,
     "tree_of_thoughts": TreeOfThoughts,
 }

@@ -163,7 +163,8 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
     if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
         raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
     reads = "the adapter" if adapters(selection.verifier) else None
-    goes_on = selection.strategy.kind if selection.strategy.stepwise else reads
+    strategy = selection.strategy
+    goes_on = strategy.kind if strategy.stepwise or strategy.rereads else reads
     if goes_on is not None and asked.prompt["type"] != "token":
         raise InvalidRequest(
             f"{goes_on} goes on from tokens, and a picture or a sound has none", field="messages"

@@ -100,6 +100,10 @@ def variants(kind: type[Strategy]) -> list[Strategy]:
             with suppress(ValidationError):
                 found.append(kind.model_validate({**chosen, **more}))
                 break
+        with suppress(ValidationError):  # one that may do without a verifier, with one
+            judged = kind.model_validate({**chosen, **size, "verifier": "fake"})
+            if found[-1].judged_by() is None:
+                found.append(judged)
     return found
 
 
@@ -313,7 +317,8 @@ def asks(strategy: Strategy) -> bool:
 
 def may_decide(strategy: Strategy) -> bool:
     """Whether it may be over before its last sample."""
-    return getattr(strategy, "early_stop", "never") != "never" or hasattr(strategy, "consensus")
+    rule = getattr(strategy, "early_stop", "never")
+    return rule != "never" or strategy.kind in ("deep_confidence", "self_refine")
 
 
 def tasks() -> set[asyncio.Task[Any]]:
