@@ -160,17 +160,14 @@ class BeamSearch(Strategy, frozen=True):
                     )
                     for at, one in enumerate(beams.running)
                 ]
-                started = drawing.start(draws)
-                drawn: dict[int, Candidate] = {}
-                while more := await drawing.some():
-                    drawn |= {candidate.index: candidate for candidate in more}
-                if len(started) < len(draws) or len(drawn) < len(draws):
+                drawn = [one for one in await drawing.finish(draws) if one is not None]
+                if len(drawn) < len(draws):
                     break  # the budget ran out within this round
                 tokens = [
                     list(zip(one.top_token_ids[-1], one.top_logprobs[-1], strict=True))
-                    for one in (drawn[index] for index in started)
+                    for one in drawn
                 ]
-                beams.extend(tokens, started)
+                beams.extend(tokens, [one.index for one in drawn])
         best = [*beams.finished, *beams.running]
         best.sort(key=lambda one: (one not in beams.finished, -beams.score(one)))
         if not best[0].token_ids:

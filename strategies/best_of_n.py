@@ -135,6 +135,8 @@ async def elect(
     candidates: Sequence[Candidate],
     scores: Mapping[int, float],
     select: Select,
+    *,
+    decided: bool = False,
 ) -> Outcome:
     """End the run by scores, which are by index; `candidates` come in the order that breaks ties.
 
@@ -142,7 +144,7 @@ async def elect(
     """
     ranked = _ranked(candidates, scores)
     if select == "max":
-        return await ctx.choose(problem, ranked, scores=scores)
+        return await ctx.choose(problem, ranked, decided=decided, scores=scores)
     order = {candidate.index: at for at, candidate in enumerate(candidates)}
     tally = Tally()
     voted: dict[int, str] = {}
@@ -155,7 +157,7 @@ async def elect(
         voted[candidate.index] = counted
         ctx.vote(candidate, counted, score)
     best_first = sorted(ranked, key=lambda one: tally.rank(voted.get(one.index)))
-    return await ctx.choose(problem, best_first, scores=scores, votes=tally.votes)
+    return await ctx.choose(problem, best_first, decided=decided, scores=scores, votes=tally.votes)
 
 
 def _ranked(candidates: Sequence[Candidate], worth: Mapping[int, float]) -> list[Candidate]:

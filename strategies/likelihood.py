@@ -46,7 +46,7 @@ class Likelihood(BaseModel):
         return [self._verdict(candidate) for candidate in candidates]
 
     def _verdict(self, candidate: Candidate) -> Verdict:
-        _require(candidate, [(logprob,) for logprob in candidate.logprobs], self.kind)
+        require(candidate, [(logprob,) for logprob in candidate.logprobs], self.kind)
         if self.over == "sum":
             return Verdict(score=1 / (1 - min(0.0, sum(candidate.logprobs))))
         if self.over == "mean":
@@ -90,17 +90,17 @@ class SelfCertainty(BaseModel):
         return [self._verdict(candidate) for candidate in candidates]
 
     def _verdict(self, candidate: Candidate) -> Verdict:
-        _require(candidate, candidate.top_logprobs, self.kind)
+        require(candidate, candidate.top_logprobs, self.kind)
         total = sum(-sum(top) / len(top) - log(len(top)) for top in candidate.top_logprobs)
         return Verdict(score=1 - exp(-max(0.0, total / len(candidate.top_logprobs))))
 
 
-def _require(candidate: Candidate, numbers: Sequence[Sequence[float]], kind: str) -> None:
+def require(candidate: Candidate, numbers: Sequence[Sequence[float]], kind: str) -> None:
     """Refuse a candidate unless each of its tokens has numbers that are numbers."""
     usable = [of_token for of_token in numbers if of_token and not any(map(isnan, of_token))]
     if not usable or not len(usable) == len(numbers) == len(candidate.token_ids):
         raise VerifierFailed(
-            f"verifier '{kind}' needs the log-probability of every token; "
+            f"'{kind}' needs the log-probability of every token; "
             f"candidate {candidate.index} has {len(usable)} for {len(candidate.token_ids)} tokens"
         )
 

@@ -9,11 +9,20 @@ from strategies.best_of_n import BestOfN
 from strategies.chain_of_thought import ChainOfThought
 from strategies.compute_optimal import ComputeOptimal
 from strategies.core.strategy import Strategy
+from strategies.deep_confidence import DeepConfidence
 from strategies.self_consistency import SelfConsistency
+from strategies.self_refine import SelfRefine
 from strategies.tree_of_thoughts import TreeOfThoughts
 
 AnyStrategy = Annotated[
-    ChainOfThought | BestOfN | SelfConsistency | BeamSearch | TreeOfThoughts | ComputeOptimal,
+    ChainOfThought
+    | BestOfN
+    | SelfConsistency
+    | DeepConfidence
+    | SelfRefine
+    | BeamSearch
+    | TreeOfThoughts
+    | ComputeOptimal,
     Field(discriminator="kind"),
 ]
 
@@ -21,6 +30,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "chain_of_thought": ChainOfThought,
     "best_of_n": BestOfN,
     "self_consistency": SelfConsistency,
+    "deep_confidence": DeepConfidence,
+    "self_refine": SelfRefine,
     "beam_search": BeamSearch,
     "tree_of_thoughts": TreeOfThoughts,
     "compute_optimal": ComputeOptimal,

@@ -301,14 +301,11 @@ class _Growth:
         self, owners: Sequence[T], draws: Sequence[Draw]
     ) -> list[tuple[T, Draw, Candidate]]:
         """What came of draws that each have an owner, by place."""
-        started = self._drawing.start(draws)
-        found: dict[int, Candidate] = {}
-        while some := await self._drawing.some():
-            found |= {candidate.index: candidate for candidate in some}
+        drawn = await self._drawing.finish(draws)
         return [
-            (owner, draw, found[index])
-            for index, owner, draw in zip(started, owners, draws, strict=False)
-            if index in found
+            (owner, draw, candidate)
+            for owner, draw, candidate in zip(owners, draws, drawn, strict=True)
+            if candidate is not None
         ]
 
     async def _proposed(self, chosen: Sequence[Node]) -> list[tuple[Node, int, Candidate]]:

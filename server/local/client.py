@@ -7,9 +7,10 @@ touched.
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, cast
 
 from vllm.inputs import EngineInput
+from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -172,9 +173,10 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
     if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
         raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
     reads = "the adapter" if adapters(selection.verifier) else None
+    strategy = selection.strategy
     searches = selection.calibration is not None and selection.calibration.searches
-    stepwise = selection.strategy.stepwise or bool(searches)
-    goes_on = selection.strategy.kind if stepwise else reads
+    stepwise = strategy.stepwise or bool(searches)
+    goes_on = strategy.kind if stepwise or strategy.rereads else reads
     if goes_on is not None and asked.prompt["type"] != "token":
         raise InvalidRequest(
             f"{goes_on} goes on from tokens, and a picture or a sound has none", field="messages"
@@ -204,8 +206,16 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
 def _as(piece: RequestOutput, asked: Asked) -> RequestOutput:
     """Dress a sample's output as the output of the request that the client made."""
     piece.request_id = asked.request_id
-    if asked.params.logprobs is None:
-        for output in piece.outputs:
+    wanted = asked.params.logprobs
+    for output in piece.outputs:
+        if wanted is None:
             output.logprobs = None
             output.cumulative_logprob = None
+        elif output.logprobs and wanted >= 0 and not asked.params.logprob_token_ids:
+            # The search may have asked for more.
+            at_each = cast(list[dict[int, Logprob]], output.logprobs)
+            output.logprobs = [
+                {one: of for one, of in at.items() if one == token or (of.rank or 0) <= wanted}
+                for token, at in zip(output.token_ids, at_each, strict=True)
+            ]
     return piece

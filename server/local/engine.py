@@ -253,7 +253,7 @@ class LocalEngine:
         asked = self._asked.params
         params = asked.clone()
         params.n = 1
-        params.output_kind = self._kind
+        params.output_kind = RequestOutputKind.DELTA if generation.piecewise else self._kind
         params.max_tokens = generation.max_tokens
         params.seed = generation.seed
         if generation.logprobs is not None and params.logprobs != -1:

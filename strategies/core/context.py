@@ -514,6 +514,10 @@ class Draw:
     """The adapter that writes it, by name; None is what the client named."""
     likeliest: int = 0
     """How many of the likeliest tokens are wanted at each place."""
+    prompt: tuple[int, ...] | None = None
+    """What it reads; None is the problem's own prompt."""
+    worth: Callable[[Chunk], bool] | None = None
+    """Hears each piece as it comes, and says whether the sequence may go on; else it is aborted."""
 
 
 class Sampling:
@@ -583,6 +587,18 @@ class Sampling:
                 self._usable += 1
                 found.append(candidate)
         return found
+
+    async def finish(self, draws: Sequence[Draw]) -> list[Candidate | None]:
+        """Start these and wait for all, in order; None for what the budget or `worth` ended.
+
+        Nothing else is to be under way.
+        """
+        started = self.start(draws)
+        found: dict[int, Candidate] = {}
+        while some := await self.some():
+            found |= {candidate.index: candidate for candidate in some}
+        missing = len(draws) - len(started)
+        return [*(found.get(index) for index in started), *[None] * missing]
 
     @property
     def pending(self) -> int:
@@ -662,9 +678,10 @@ class Sampling:
         lease = self._flight.leased.pop(index)
         ctx, problem, after = self._ctx, self._problem, draw.after
         place = index if draw.place is None else draw.place
+        before = () if after is None else after.token_ids
         generation = Generation(
             index=index,
-            token_ids=problem.token_ids + (() if after is None else after.token_ids),
+            token_ids=(problem.token_ids if draw.prompt is None else draw.prompt) + before,
             max_tokens=tokens,
             continues=None if after is None else after.index,
             seed=None if problem.seed is None else problem.seed + place,
@@ -672,19 +689,26 @@ class Sampling:
             adapter=draw.model,
             until=draw.until,
             logprobs=draw.likeliest or (None if ctx.verifier is None else ctx.verifier.logprobs),
+            piecewise=draw.worth is not None,
             priority=1 if after else 1 + place,
         )
         sequence = _Sequence()
         candidate: Candidate | None = None
+        given_up = False
         try:
             async with aclosing(ctx.engine.generate(generation)) as chunks:
                 async for chunk in chunks:
                     sequence.add(chunk)
                     ctx.emit(Grown(index=index, chunk=chunk))
+                    if draw.worth is not None and not given_up and not draw.worth(chunk):
+                        given_up = True
+                        await ctx.engine.abort((index,))
             reason = sequence.finish_reason
             if reason == "abort" and self._late and sequence.token_ids:
                 reason = "length"
-            written = len(generation.token_ids) - len(problem.token_ids) + len(sequence.token_ids)
+            if given_up:  # whether or not it could still end by itself
+                reason = "abort"
+            written = len(before) + len(sequence.token_ids)
             if reason == "length" and len(sequence.token_ids) == draw.max_tokens:
                 reason = "step"
             if reason == "step" and written >= problem.max_tokens:

@@ -46,6 +46,8 @@ class Strategy(BaseModel, ABC, frozen=True):
     """Authors, year, title, and arXiv number."""
     stepwise: ClassVar[bool] = False
     """Whether it asks for one step at a time, and its verifier judges steps."""
+    rereads: ClassVar[bool] = False
+    """Whether it puts more tokens after those of the prompt, which a picture does not have."""
 
     kind: str
     answer: AnswerFormat = Field(

@@ -118,9 +118,9 @@ class FakeEngine:
         return encode(END)
 
     async def render(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """Their words, one after the other."""
+        """Their words, one after the other; what comes later changes nothing before it."""
         self.rendered.append(tuple(turns))
-        return encode("\n".join(turn.content for turn in turns))
+        return encode("".join(f"{turn.content}\n" for turn in turns))
 
     async def encode(self, text: str) -> tuple[int, ...]:
         """As `encode`, remembered for `decode`."""

@@ -59,6 +59,8 @@ class Generation:
     """With any, the one token generated does not matter: what counts is how likely these are."""
     choices: tuple[str, ...] = ()
     """With any, the text is one of these."""
+    piecewise: bool = False
+    """Whether each token is wanted as soon as it is there."""
     apart: bool = False
     """Whether it is no part of an answer, and so not subject to the client's parameters."""
     priority: int = 0
@@ -206,7 +208,7 @@ class Outcome:
     ranked: tuple[Candidate, ...]
     """The best candidate of each distinct answer, best first, as many as were asked for."""
     scores: Mapping[int, float] = field(default_factory=dict[int, float])
-    """By candidate index, where a verifier judged; of a search over tokens, log-probabilities."""
+    """By candidate index, where a verifier judged; else what a search by likelihood went by."""
     votes: Mapping[str, float] = field(default_factory=dict[str, float])
     """By answer, where there was a vote."""
     confidence: float | None = None

@@ -12,7 +12,7 @@ StopRule = Literal["never", "unassailable", "confidence", "window"]
 
 @dataclass(slots=True)
 class Tally:
-    """Weights by answer, in the order of first appearance. Weights lie in [0, 1]."""
+    """Weights by answer, in order of first appearance; in [0, 1] where a stop rule reads them."""
 
     answers: list[str] = field(default_factory=list[str])
     weights: list[float] = field(default_factory=list[float])
