@@ -68,7 +68,10 @@ def check(
         for name, path in (("task", task.check_problems), ("general", task.check_general))
         if path is not None
     }
-    texts = _canaries(tokenizer, sets)
+    tokens = data.Tokens(tokenizer, max_length=None)
+    asked = {name: [tokens.asked(row["prompt"]) for row in rows] for name, rows in sets.items()}
+    texts = [tokens.ids(text) for text in _TEXTS]
+    texts += [ids for prompts in asked.values() for ids in prompts[:_CANARIES]]
     told = _peft_logprobs(model, texts, converted=saved.error is not None, folder=folder)
     lora = engine.load(folder)
     served, plain = engine.logprobs(texts, lora), engine.logprobs(texts, None)
@@ -83,7 +86,9 @@ def check(
     with Progress(console=console, transient=True) as progress:
         for name, rows in sets.items():
             bar = progress.add_task(f"checking: {name}", total=2)
-            worth = _worth(engine, lora, tokenizer, rows, grade, task, seed, bar, progress)
+            worth = _worth(
+                engine, lora, tokenizer, rows, asked[name], grade, task, seed, bar, progress
+            )
             found |= {f"{name}.{measure}": value for measure, value in worth.items()}
     _show(found, console)
     return found
@@ -110,15 +115,6 @@ def files(folder: Path, saved: Saved) -> None:
     said = {config["r"], *(config.get("rank_pattern") or {}).values()}
     if not ranks <= said or max(ranks) != saved.rank:
         raise SystemExit(f"the adapter's matrices have ranks {ranks}, and its configuration {said}")
-
-
-def _canaries(
-    tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[data.Row]]
-) -> list[list[int]]:
-    tokens = data.Tokens(tokenizer, max_length=None)
-    asked = [tokens.prompt(row["prompt"]) for rows in sets.values() for row in rows[:_CANARIES]]
-    texts = [*_TEXTS, *asked]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def _peft_logprobs(
@@ -152,6 +148,7 @@ def _worth(
     lora: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[data.Row],
+    asked: Sequence[Sequence[int]],
     grade: Grader,
     task: Any,
     seed: int,
@@ -159,11 +156,6 @@ def _worth(
     progress: Progress,
 ) -> dict[str, float]:
     """Accuracy of one sample with the adapter and without, and how far their answers diverge."""
-    tokens = data.Tokens(tokenizer, max_length=None)
-    asked = [
-        tokenizer(tokens.prompt(row["prompt"]), add_special_tokens=False)["input_ids"]
-        for row in rows
-    ]
     means: list[list[float]] = []
     divergence = length = 0.0
     for with_ in (None, lora):

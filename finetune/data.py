@@ -184,6 +184,14 @@ class Tokens:
         """A prompt as text: as it is, or a conversation that is to be answered."""
         return prompt if isinstance(prompt, str) else self.rendered(prompt, ask=True)
 
+    def asked(self, prompt: Any) -> list[int]:
+        """A prompt's token ids."""
+        return self.ids(self.prompt(prompt))
+
+    def ids(self, text: str) -> list[int]:
+        """A text's token ids, with nothing put before or after it."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def demonstration(
         self, row: Row, *, everything: bool, turns: bool
     ) -> tuple[list[int], list[int]]:
@@ -293,7 +301,7 @@ class Tokens:
         return self._cut(ids, labels)
 
     def _verdict(self, word: str) -> int:
-        ids = self._tokenizer(word, add_special_tokens=False)["input_ids"]
+        ids = self.ids(word)
         if len(ids) != 1:
             raise ValueError(f"the label {word!r} is {len(ids)} tokens, and has to be one")
         return ids[0]
@@ -306,7 +314,7 @@ class Tokens:
     def length(self, prompt: Any, completion: Any) -> int:
         """Tokens of a prompt with its completion."""
         _, text = self._answered(prompt, completion)
-        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self.ids(text))
 
 
 def step_ends(text: str, delimiter: str) -> list[int]:

@@ -5,11 +5,14 @@ Adapters are versions: each load has a name and a number of its own, so that no 
 
 import itertools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, BinaryIO, Self, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +28,10 @@ class Sample:
 
 
 class Engine:
-    """A base model, and adapters one after another. A context manager: it ends its processes."""
+    """A base model, and adapters one after another. A context manager: it ends its processes.
+
+    What those write to stderr is shown if the block ends in an error.
+    """
 
     def __init__(
         self,
@@ -38,23 +44,13 @@ class Engine:
     ) -> None:
         """`rank` is the highest of the adapters to come."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import torch
-        from vllm import LLM
-
-        on_cpu: dict[str, Any] = {} if torch.cuda.is_available() else {"enforce_eager": True}
-        if on_cpu:
-            on_cpu["kv_cache_memory_bytes"] = 256 << 20
-        self._llm = LLM(
-            model=model,
-            dtype=cast(Any, dtype),
-            enable_lora=True,
-            max_loras=1,
-            max_lora_rank=next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank),
-            max_model_len=max_model_len,
-            seed=seed,
-            disable_log_stats=True,
-            **on_cpu,
-        )
+        self._heard = TemporaryFile("a+b")  # noqa: SIM115 - closed when the block ends
+        try:
+            with _stderr_to(self._heard):
+                self._llm = _started(model, rank, dtype, max_model_len, seed)
+        except BaseException:
+            self._tell()
+            raise
         self._loads = itertools.count(1)
 
     def __enter__(self) -> Self:
@@ -67,6 +63,13 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+        if isinstance(error, Exception):
+            self._tell()
+        self._heard.close()
+
+    def _tell(self) -> None:
+        self._heard.seek(0)
+        sys.stderr.write(self._heard.read().decode(errors="replace"))
 
     def load(self, folder: Path) -> Any:
         """An adapter, to be named in calls; the one before goes.
@@ -133,6 +136,40 @@ class Engine:
             use_tqdm=False,
         )
         return [[_sample(output, tokenizer) for output in one.outputs] for one in answered]
+
+
+def _started(model: str, rank: int, dtype: str, max_model_len: int | None, seed: int) -> Any:
+    import torch
+    from vllm import LLM
+
+    on_cpu: dict[str, Any] = {} if torch.cuda.is_available() else {"enforce_eager": True}
+    if on_cpu:
+        on_cpu["kv_cache_memory_bytes"] = 256 << 20
+    return LLM(
+        model=model,
+        dtype=cast(Any, dtype),
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank),
+        max_model_len=max_model_len,
+        seed=seed,
+        disable_log_stats=True,
+        **on_cpu,
+    )
+
+
+@contextmanager
+def _stderr_to(file: BinaryIO) -> Iterator[None]:
+    """Of this process, and for good of those that it starts."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _sample(output: Any, tokenizer: PreTrainedTokenizerBase) -> Sample:

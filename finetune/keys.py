@@ -246,7 +246,8 @@ def parse(
         raise SystemExit(f"{prog}: the adapter to go on with decides {', '.join(sorted(told))}")
     on_cpu = not _has_gpu()
     defaults = {"use_cpu": on_cpu, "gradient_checkpointing": not on_cpu, "report_to": "none"}
-    defaults |= {"bf16": not on_cpu, "logging_steps": 1}
+    defaults |= {"bf16": not on_cpu, "logging_steps": 1, "disable_tqdm": False}
+    defaults |= {"ddp_find_unused_parameters": False}  # an adapter's are all used
     defaults = {key: value for key, value in defaults.items() if key in known}
     try:
         task, training, model = parser.parse_args_into_dataclasses(

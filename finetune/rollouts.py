@@ -41,10 +41,7 @@ class Rollouts:
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         """One answer to each prompt; trl has repeated them already."""
         args = self._args
-        asked = [
-            self._tokenizer(self._tokens.prompt(prompt), add_special_tokens=False)["input_ids"]
-            for prompt in prompts
-        ]
+        asked = [self._tokens.asked(prompt) for prompt in prompts]
         self._calls += 1
         with TemporaryDirectory() as folder:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(

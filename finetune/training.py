@@ -1,10 +1,12 @@
 """One training from its keys to a published adapter: data report, trainer, checks, folder."""
 
 import json
+import logging
 import os
 import warnings
 from contextlib import ExitStack
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    TrainerCallback,
     set_seed,
 )
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +31,7 @@ from finetune.keys import Keys, parse
 from finetune.ledger import Ledger
 from finetune.methods import METHODS, Method
 from finetune.muon import Muon
+from finetune.progress import Log, Shown
 from finetune.rollouts import Rollouts
 
 
@@ -43,9 +46,24 @@ def run(name: str, arguments: list[str], *, prog: str, engine: Engine | None = N
     """
     method = METHODS[name]
     _quiet()
-    trainer_kind, config = method.load()
-    keys = parse(config, arguments, method=name, fixed=method.defaults, prog=prog)
-    return Training(method, keys, trainer_kind, prog, engine).run()
+    try:
+        if name == "grpo" and _launched() > 1:
+            raise SystemExit(
+                f"{prog}: grpo rolls out through one engine and trains in one process; start it "
+                "without torchrun"
+            )
+        trainer_kind, config = method.load()
+        keys = parse(config, arguments, method=name, fixed=method.defaults, prog=prog)
+        return Training(method, keys, trainer_kind, prog, engine).run()
+    except SystemExit as refused:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        raise SystemExit(1) from refused  # the first process says why
+
+
+def _launched() -> int:
+    """Processes that a launcher started for this training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _quiet() -> None:
@@ -55,7 +73,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # also of what it says while it is imported
     warnings.filterwarnings("ignore", message=".*supports 0.22.0 to.*")
 
 
@@ -71,11 +89,23 @@ class Training:
         engine: Engine | None,
     ) -> None:
         self.method, self.keys, self.prog = method, keys, prog
-        self.console = Console()
         self.args = keys.training
         self.out = Path(self.args.output_dir)
+        self.console = Console(quiet=not self.first)
+        as_bar = self.first and self.console.is_terminal and not self.args.disable_tqdm
+        self._shown = Shown(self.console, as_bar=as_bar)
+        if self.args.world_size != _launched():
+            raise SystemExit(
+                f"{prog}: {_launched()} processes were started, and {self.args.world_size} would "
+                "train together; start them with torchrun"
+            )
         if keys.model.model_name_or_path is None:
             raise SystemExit(f"{prog}: say 'model_name_or_path'")
+        if self.quantised is not None and find_spec("bitsandbytes") is None:
+            raise SystemExit(
+                f"{prog}: 'load_in_4bit' and 'load_in_8bit' need bitsandbytes, which is not "
+                "installed: pip install bitsandbytes==0.50.2"
+            )
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             keys.model.model_name_or_path, revision=keys.model.model_revision
         )
@@ -112,27 +142,31 @@ class Training:
         set_seed(self.args.seed)
         trainer = self._trainer(rows, test)
         ledger = Ledger(*_sizes(trainer.model))
-        initial = self._initial(trainer.model)
+        initial = self._initial(trainer)
         resume = self.args.resume_from_checkpoint
         if resume in ("true", "True", True):
             resume = get_last_checkpoint(str(self.out))
-        trainer.train(resume_from_checkpoint=resume)
+        with self._shown.bar:
+            trainer.train(resume_from_checkpoint=resume)
         ledger.tokens = _tokens_seen(trainer, report)
-        spent = ledger.figures()
+        spent = ledger.figures() | {"processes": float(self.args.world_size)}
+        if self._apart(trainer):
+            trainer.save_model(str(self.out / "trained"))  # each process has a part of it
         trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()  # a process that exits within its group can hang
         if not self.first:
             return None
-        return self._publish(trainer.model, spent, report, initial)
+        return self._publish(self._whole(trainer), spent, report, initial)
 
     def _data(self) -> tuple[Dataset, Dataset | None, data.Report]:
         task, report = self.keys.task, data.Report()
         raw = data.mixture(task, seed=self.args.seed)
         rows = self._prepared(raw, report)
         if task.test_name is not None:
-            test = data.Exam(data.listed(data.read(task.test_name)))
-            report.in_test = sum(map(test.has, data.listed(raw)))
+            test_set = data.Exam(data.listed(data.read(task.test_name)))
+            report.in_test = sum(map(test_set.has, data.listed(raw)))
+        report.show(self.console, f"{self.method.name}: what is learned from")
         if self.first:
-            report.show(self.console, f"{self.method.name}: what is learned from")
             report.write(self.out / "data_report.json")
         if not report.kept:
             raise SystemExit(f"{self.prog}: no row is left to learn from")
@@ -200,9 +234,11 @@ class Training:
             train_dataset=rows,
             eval_dataset=test,
             processing_class=self.tokenizer,
-            callbacks=[_Log(self.out / "log.jsonl")],
+            callbacks=[Log(self.out / "log.jsonl"), self._shown],
             **more,
         )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
         trainer.ours = keys.task
         return trainer
 
@@ -214,24 +250,56 @@ class Training:
         said = dict(args.model_init_kwargs or {})
         args.model_init_kwargs = None
         said.setdefault("dtype", keys.model.dtype or "float32")
-        said |= {"revision": keys.model.model_revision}
         said |= {"attn_implementation": keys.model.attn_implementation}
         said |= {"quantization_config": get_quantization_config(keys.model)}
-        said |= {"trust_remote_code": args.trust_remote_code}
-        said = {key: value for key, value in said.items() if value is not None}
-        if self.method.scored:
-            said["num_labels"] = 1
-        kind = AutoModelForSequenceClassification if self.method.scored else AutoModelForCausalLM
-        model = kind.from_pretrained(keys.model.model_name_or_path, **said)
+        model = self._base(**{key: value for key, value in said.items() if value is not None})
         if keys.task.resume_adapter is not None:
             return PeftModel.from_pretrained(model, keys.task.resume_adapter, is_trainable=True)
         return model
 
-    def _initial(self, model: Any) -> Path | None:
+    def _base(self, **said: Any) -> Any:
+        model = self.keys.model
+        said |= {"trust_remote_code": self.args.trust_remote_code}
+        if model.model_revision is not None:
+            said["revision"] = model.model_revision
+        if self.method.scored:
+            said["num_labels"] = 1
+        kind = AutoModelForSequenceClassification if self.method.scored else AutoModelForCausalLM
+        return kind.from_pretrained(model.model_name_or_path, **said)
+
+    @property
+    def quantised(self) -> str | None:
+        """What the base is quantised to while it is trained on."""
+        model = self.keys.model
+        if model.load_in_4bit:
+            return model.bnb_4bit_quant_type
+        return "int8" if model.load_in_8bit else None
+
+    def _apart(self, trainer: Any) -> bool:
+        """Whether the base is not in one piece, or not as it is served."""
+        split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        return split or self.quantised is not None
+
+    def _whole(self, trainer: Any) -> Any:
+        """The trained model on the CPU in float32, over the base that is served."""
+        from peft import PeftModel
+
+        if not self._apart(trainer):
+            return trainer.model.float().cpu().eval()
+        base = self._base(dtype="float32")
+        return PeftModel.from_pretrained(base, str(self.out / "trained")).eval()
+
+    def _initial(self, trainer: Any) -> Path | None:
         """The adapter as it begins, where the base was changed for it."""
-        if self.keys.task.init_lora_weights not in ("pissa", "olora"):
+        start = self.keys.task.init_lora_weights
+        if start not in ("pissa", "olora"):
             return None
-        folder = self.out / "initial"
+        if self._apart(trainer):
+            raise SystemExit(
+                f"{self.prog}: 'init_lora_weights: {start}' changes the base, which has to be "
+                "in one piece and not quantised for that"
+            )
+        folder, model = self.out / "initial", trainer.model
         if self.first and not folder.exists():
             config = model.peft_config["default"]
             before, config.init_lora_weights = config.init_lora_weights, True
@@ -248,7 +316,6 @@ class Training:
             raise SystemExit(
                 f"{self.prog}: the trainer changed the chat template; nothing is published"
             )
-        model = model.float().cpu().eval()
         with publishing(folder) as draft:
             saved = peft_methods.save(model, draft, initial=initial, rank=keys.task.convert_rank)
             if not saved.servable or self.method.scored:
@@ -271,7 +338,11 @@ class Training:
                 kind="verifier" if self.method.name == "verifier" else "policy",
                 base=Base.of(Path(keys.model.model_name_or_path), self.tokenizer),
                 judging=self.judging().manifest() if self.method.name == "verifier" else None,
-                recipe={"method": self.method.name, **keys.said},
+                recipe={
+                    "method": self.method.name,
+                    "base_quantization": self.quantised,
+                    **keys.said,
+                },
                 data=_digests(keys.task),
                 compute=spent,
                 evaluation=found,
@@ -314,18 +385,6 @@ def _tokens_seen(trainer: Any, report: data.Report) -> int:
     return round(rows * args.world_size * sum(report.tokens) / len(report.tokens))
 
 
-class _Log(TrainerCallback):
-    """Each of the trainer's reports as a line of JSON."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if state.is_world_process_zero:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
 def _ours(kind: type) -> type:
     """A trainer with what Mull adds: its optimizers, and the divergence from the base."""
 
@@ -362,7 +421,10 @@ def _ours(kind: type) -> type:
             if task is None or not task.kl_to_base or not model.training:
                 return super().compute_loss(model, inputs, *more, **named)
             told = super().compute_loss(model, inputs, *more, **named)
-            extra = task.kl_to_base * _divergence(model, inputs)
+            extra = task.kl_to_base * _divergence(self.accelerator.unwrap_model(model), inputs)
+            if named.get("num_items_in_batch") is not None:
+                # Such a loss is summed over the batches of a step, and this is a mean of one.
+                extra = extra / self.current_gradient_accumulation_steps
             return (told[0] + extra, *told[1:]) if isinstance(told, tuple) else told + extra
 
     Ours.__name__ = kind.__name__

@@ -6,7 +6,7 @@ All are of the training side, or, with `--held-out`, of the test side. `grade` i
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,15 +24,31 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--dialogues", action="store_true", help="two demonstrations in one")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.dialogues and options.columns != "demonstrations":
+        parser.error("--dialogues are of demonstrations")
     rng = random.Random(f"rows {options.seed}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w") as file:
         for _ in range(options.count):
             item = draw(rng, held_out=options.held_out, family=rng.choice(options.families))
+            if options.dialogues:
+                then = draw(rng, held_out=options.held_out, family=rng.choice(options.families))
+                file.write(json.dumps(dialogue((item, then), rng)) + "\n")
+                continue
             for row in rows(item, options.columns, rng):
                 file.write(json.dumps(row) + "\n")
+
+
+def dialogue(items: Iterable[Item], rng: random.Random) -> dict[str, Any]:
+    """Problems with their solutions, one after another in a conversation."""
+    turns: list[dict[str, str]] = []
+    for item in items:
+        turns.append({"role": "user", "content": item.prompt})
+        turns.append({"role": "assistant", "content": solution(item, rng)})
+    return {"messages": turns}
 
 
 def rows(item: Item, columns: Columns, rng: random.Random) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,10 @@
-"""Train with every method for a few steps and check each adapter on one engine; ends in JSON."""
+"""Make rows, train with every method for a few steps, check each adapter on one engine.
+
+What became of each run is a line of JSON.
+"""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,9 +14,12 @@ from models import MULL_TINY
 
 
 def main() -> None:
-    runs = json.loads(Path(sys.argv[1]).read_text())
+    told = json.loads(Path(sys.argv[1]).read_text())
+    for module, *arguments in told["rows"]:
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__")
     with Engine(str(MULL_TINY), rank=64) as engine:
-        for name, (method, arguments) in runs.items():
+        for name, (method, arguments) in told["runs"].items():
             try:
                 training.run(method, arguments, prog=f"test {name}", engine=engine)
                 said = "published"
