@@ -3,6 +3,7 @@
 import resource
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 FORWARD, BACKWARD = 2, 4
 """Operations per parameter and token (Kaplan et al. 2020, arXiv:2001.08361)."""
@@ -39,3 +40,13 @@ class Ledger:
             "cpu_seconds": round(time.process_time() - self._cpu, 1),
             "peak_memory_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         }
+
+
+def sizes(model: Any) -> tuple[int, int]:
+    """Parameters that stay and that are trained, without embeddings."""
+    embedded = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    sizes = {True: 0, False: 0}
+    for weight in model.parameters():
+        if id(weight) not in embedded:
+            sizes[weight.requires_grad] += weight.numel()
+    return sizes[False], sizes[True]

@@ -28,7 +28,7 @@ from finetune import checks, data, peft_methods
 from finetune.adapter import Base, Manifest, publishing
 from finetune.engine import Engine
 from finetune.keys import Keys, parse
-from finetune.ledger import Ledger
+from finetune.ledger import Ledger, sizes
 from finetune.methods import METHODS, Method
 from finetune.muon import Muon
 from finetune.progress import Log, Shown
@@ -141,7 +141,7 @@ class Training:
         rows, test, report = self._data()
         set_seed(self.args.seed)
         trainer = self._trainer(rows, test)
-        ledger = Ledger(*_sizes(trainer.model))
+        ledger = Ledger(*sizes(trainer.model))
         initial = self._initial(trainer)
         resume = self.args.resume_from_checkpoint
         if resume in ("true", "True", True):
@@ -363,16 +363,6 @@ def _digests(task: Any) -> dict[str, str]:
         for name in names
         if name is not None and Path(name).is_file()
     }
-
-
-def _sizes(model: Any) -> tuple[int, int]:
-    """Parameters that stay and that are trained, without embeddings."""
-    embedded = {id(weight) for weight in model.get_input_embeddings().parameters()}
-    sizes = {True: 0, False: 0}
-    for weight in model.parameters():
-        if id(weight) not in embedded:
-            sizes[weight.requires_grad] += weight.numel()
-    return sizes[False], sizes[True]
 
 
 def _tokens_seen(trainer: Any, report: data.Report) -> int:

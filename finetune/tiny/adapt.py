@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.adapter import Base, Manifest, publishing
+from finetune.ledger import Ledger, sizes
 from finetune.muon import Muon
 from finetune.tiny import loop, sampling
 from finetune.tiny import tokenizer as tokenizers
@@ -171,7 +172,11 @@ def _train(rank: int, recipe: Recipe, path: Path, out: Path) -> None:
             base=Base.of(path, tokenizer),
             judging=judging,
             recipe=asdict(recipe),
-            compute={"tokens": done.tokens, "seconds": round(time.monotonic() - began, 1)},
+            compute={
+                "tokens": done.tokens,
+                "flops": Ledger(*sizes(adapted), tokens=done.tokens).flops,
+                "seconds": round(time.monotonic() - began, 1),
+            },
         )
         with publishing(out) as folder:
             adapted.save_pretrained(str(folder))

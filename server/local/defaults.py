@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from models import MULL_TINY
+from models import MULL_TINY, MULL_TINY_PRICES, MULL_TINY_VERIFIER
 from server.settings import prepare_vllm
 
 _EMBEDDED = {
@@ -28,7 +28,7 @@ _ADAPTERS = {
     "max_loras": 4,  # in one batch; with one, a search and its verifier would take turns
     "max_cpu_loras": 32,
 }
-"""With a registry of adapters."""
+"""With a registry of adapters, and with those of the embedded model."""
 _CPU = {
     "block_size": 32,  # with vLLM's 128, a short prompt never fills a block of the prefix cache
     "worker_extension_cls": "server.local.cpu.Guard",
@@ -61,8 +61,14 @@ def flags(parser: ArgumentParser, *, adapters: bool) -> None:
 
 
 def embedded_flags(parser: ArgumentParser) -> None:
-    """Further defaults for the embedded model."""
-    parser.set_defaults(**_EMBEDDED)
+    """Further defaults for the embedded model; its adapters come with it."""
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    adapters = [
+        LoRAModulePath(name=folder.name, path=str(folder))
+        for folder in (MULL_TINY_VERIFIER, MULL_TINY_PRICES)
+    ]
+    parser.set_defaults(**_EMBEDDED, **_ADAPTERS, lora_modules=adapters)
 
 
 def on_cpu() -> bool:
