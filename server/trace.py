@@ -25,6 +25,7 @@ from strategies.core.events import (
     Started,
     Voted,
 )
+from strategies.core.types import Candidate
 
 LONGEST_TEXT = 2000
 """Characters of a step that a trace keeps."""
@@ -175,6 +176,9 @@ class Trace:
                             returned.add(candidate.parent)
                     else:
                         discarded += candidate.drawn
+                case Proposed(candidate=Candidate(parent=int(parent)) as candidate):
+                    if candidate.index in returned:
+                        returned.add(parent)
                 case Aborted():
                     prompt += event.prompt_tokens
                     cached += event.cached_tokens

@@ -6,6 +6,7 @@ from pydantic import Field, TypeAdapter
 
 from strategies.beam_search import BeamSearch
 from strategies.best_of_n import BestOfN
+from strategies.budget_forcing import BudgetForcing
 from strategies.chain_of_thought import ChainOfThought
 from strategies.compute_optimal import ComputeOptimal
 from strategies.core.strategy import Strategy
@@ -20,6 +21,7 @@ AnyStrategy = Annotated[
     | SelfConsistency
     | DeepConfidence
     | SelfRefine
+    | BudgetForcing
     | BeamSearch
     | TreeOfThoughts
     | ComputeOptimal,
@@ -32,6 +34,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "self_consistency": SelfConsistency,
     "deep_confidence": DeepConfidence,
     "self_refine": SelfRefine,
+    "budget_forcing": BudgetForcing,
     "beam_search": BeamSearch,
     "tree_of_thoughts": TreeOfThoughts,
     "compute_optimal": ComputeOptimal,

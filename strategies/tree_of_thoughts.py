@@ -10,7 +10,6 @@ from pydantic import AfterValidator, Field, model_validator
 from strategies.best_of_n import Select, elect
 from strategies.core.context import Context, Draw, Sampling
 from strategies.core.errors import BudgetSpent, InvalidRequest, NoCandidate, VerifierFailed
-from strategies.core.events import Proposed
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.tree import MOST_DRAWS, Beam, Node, Search, Tree
 from strategies.core.types import (
@@ -329,15 +328,11 @@ class _Growth:
             lines = [_LIST.sub("", line).strip() for line in reply.splitlines()]
             thoughts = list(dict.fromkeys(line for line in lines if line))[: strategy.branch]
             for thought in thoughts[: strategy.max_nodes - self._places]:
-                text = thought + strategy.delimiter
-                ids = await self._ctx.engine.encode(text)
                 before = node.beam.candidate if node.beam else None
-                written = 0 if before is None else len(before.token_ids)
-                if written + len(ids) >= problem.max_tokens:
-                    continue  # there would be no room for what follows
-                joined = _joined(before, self._ctx.number(), text, ids)
-                self._ctx.emit(Proposed(candidate=joined))
-                drawn.append((node, self._place(), joined))
+                text = thought + strategy.delimiter
+                longer = await self._ctx.put(before, text, below=problem.max_tokens)
+                if longer is not None:
+                    drawn.append((node, self._place(), longer))
         return drawn
 
     async def _scores(self, candidates: Sequence[Candidate]) -> dict[tuple[int, ...], float]:
@@ -424,17 +419,3 @@ def _filled(prompt: str, **places: str) -> tuple[Turn, ...]:
 
 def _steps(candidate: Candidate | None) -> str:
     return candidate.text if candidate and candidate.text else "(none yet)"
-
-
-def _joined(before: Candidate | None, index: int, text: str, ids: tuple[int, ...]) -> Candidate:
-    """A thought in words, as a candidate."""
-    head = before or Candidate(index=-1, text="", token_ids=(), finish_reason="step")
-    return Candidate(
-        index=index,
-        text=head.text + text,
-        token_ids=head.token_ids + ids,
-        finish_reason="step",
-        parent=None if before is None else before.index,
-        inherited=len(head.token_ids) + len(ids),  # the reply that proposed it was charged
-        inherited_chars=len(head.text),
-    )

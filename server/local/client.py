@@ -170,10 +170,10 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
     ids = asked.prompt.get("prompt_token_ids")
     if not ids:
         raise InvalidRequest("a strategy needs a prompt of tokens")
-    if asked.params.n > selection.strategy.most():  # on endpoints that our middleware does not read
-        raise InvalidRequest(f"{selection.strategy.kind} draws fewer samples", field="n")
-    reads = "the adapter" if adapters(selection.verifier) else None
     strategy = selection.strategy
+    if asked.params.n > strategy.most():  # on endpoints that our middleware does not read
+        raise InvalidRequest(f"{strategy.kind} draws fewer samples", field="n")
+    reads = "the adapter" if adapters(selection.verifier) else None
     searches = selection.calibration is not None and selection.calibration.searches
     stepwise = strategy.stepwise or bool(searches)
     goes_on = strategy.kind if stepwise or strategy.rereads else reads
@@ -185,13 +185,13 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
         for field, idle in _COUNTED.items():
             if getattr(asked.params, field) not in (None, idle):
                 raise InvalidRequest(
-                    f"'{field}' is kept over a whole answer, and {selection.strategy.kind} asks "
-                    "for one step at a time: drop one of them",
+                    f"'{field}' is kept over a whole answer, and {strategy.kind} draws it in "
+                    "parts: drop one of them",
                     field=field,
                 )
-    if asked.params.logprobs is not None and not selection.strategy.scores_tokens():
+    if asked.params.logprobs is not None and not strategy.scores_tokens():
         raise InvalidRequest(
-            f"{selection.strategy.kind} writes answers that have no log-probabilities of their own",
+            f"{strategy.kind} writes answers that have no log-probabilities of their own",
             field="logprobs",
         )
     return Problem(

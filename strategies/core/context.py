@@ -36,6 +36,7 @@ from strategies.core.events import (
     Consulted,
     Event,
     Grown,
+    Proposed,
     Read,
     Sampled,
     Scored,
@@ -486,6 +487,28 @@ class Context:
             ranked=tuple(ranked),
             **details,
         )
+
+    async def put(self, before: Candidate | None, text: str, *, below: int) -> Candidate | None:
+        """A solution that goes on with words which were not drawn, and cost nothing.
+
+        None if it would not have fewer than `below` tokens: there is to be room for what follows.
+        """
+        ids = await self.engine.encode(text)
+        head = before or Candidate(index=-1, text="", token_ids=(), finish_reason="step")
+        whole = (*head.token_ids, *ids)
+        if len(whole) >= below:
+            return None
+        put = Candidate(
+            index=self.number(),
+            text=head.text + text,
+            token_ids=whole,
+            finish_reason="step",
+            parent=None if before is None else before.index,
+            inherited=len(whole),
+            inherited_chars=len(head.text),
+        )
+        self.emit(Proposed(candidate=put))
+        return put
 
     def number(self) -> int:
         """The index of the next sequence of this run."""

@@ -34,7 +34,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposed:
-    """A solution goes on with words that were proposed in reply to a question, at no more cost."""
+    """A solution goes on with words that were not drawn after it, at no more cost."""
 
     candidate: Candidate
 
