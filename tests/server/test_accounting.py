@@ -64,6 +64,9 @@ def mixed(rng: random.Random, number: int) -> dict[str, Any]:
                 {"kind": "self_consistency", "n": 9},
                 {"kind": "self_consistency", "n": 9, "early_stop": "confidence", "start": "all"},
                 {"kind": "self_consistency", "n": 6, "early_stop": "never"},
+                {"kind": "deep_confidence", "n": 9, "warmup": 3, "eta": 0.3, "group": 8},
+                {"kind": "self_refine", "n": 5},
+                {"kind": "budget_forcing", "end": "Answer", "wait": "apples: ", "extend": 2},
                 {"kind": "beam_search", "width": 2, "branch": 3},
                 {"kind": "beam_search", "width": 3, "branch": 2, "allocate": "diverse"},
                 {"kind": "beam_search", "level": "token", "width": 3},
@@ -173,11 +176,15 @@ async def test_no_overspend_in_a_thousand_random_requests(server):
             if rng.random() < 0.4:
                 budget["samples"] = rng.randrange(1, 6)
             fields: dict[str, Any] = {}
-            if kind in ("best_of_n", "self_consistency"):
+            if kind in ("best_of_n", "self_consistency", "deep_confidence", "self_refine"):
                 fields["n"] = rng.randrange(1, 8)
             if kind == "self_consistency":
                 fields["early_stop"] = rng.choice(["never", "unassailable", "window"])
                 fields["start"] = rng.choice(["all", "as_needed"])
+            if kind == "deep_confidence":
+                fields |= {"warmup": rng.randrange(1, 4), "eta": 0.3, "group": 4}
+            if kind == "budget_forcing":
+                fields |= {"end": rng.choice(["Answer", "\n"]), "max_thinking_tokens": 20}
             if kind in ("beam_search", "tree_of_thoughts"):
                 fields |= {"width": rng.randrange(1, 4), "branch": rng.randrange(1, 4)}
             if kind == "beam_search":

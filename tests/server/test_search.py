@@ -1,4 +1,4 @@
-"""Beam search and tree of thoughts on the real engine, and answers that are given to be judged."""
+"""Searches on the real engine, step by step and otherwise, and answers given to be judged."""
 
 import asyncio
 import time
@@ -22,6 +22,11 @@ BODY: dict[str, Any] = {
     "max_tokens": 200,
     "temperature": 1.0,
     "seed": 5,
+}
+
+PREFILLED: dict[str, Any] = {
+    "messages": [*BODY["messages"], {"role": "assistant", "content": "Tom: 12"}],
+    "add_generation_prompt": False,
 }
 
 
@@ -95,6 +100,9 @@ def test_chat_gives_the_whole_answer_with_its_log_probabilities(client: httpx.Cl
             "logprobs",
         ),
         ({"stop": ["so"]}, "stop"),
+        ({"strategy": {"kind": "budget_forcing", "end": "Answer"}, "min_tokens": 4}, "min_tokens"),
+        ({"strategy": "budget_forcing", "logprobs": True}, "logprobs"),
+        ({"strategy": "self_refine", "continue_final_message": True, **PREFILLED}, "messages"),
         ({"trace": "all"}, "trace"),
         ({"strategy": {"kind": "beam_search", "verifier": "judge"}}, "verifier.kind"),
         (
@@ -270,6 +278,60 @@ async def depth_of(client: httpx.AsyncClient, name: str) -> int:
         if event["event"] == "sampled":
             depths[event["index"]] = depths[event.get("parent")] + 1
     return max(depths.values())
+
+
+def test_traces_that_become_unsure_are_aborted_and_logprobs_are_as_asked_for(client: httpx.Client):
+    fields = {"n": 12, "eta": 0.25, "group": 8, "consensus": 1}
+    asked = BODY | {"temperature": 1.5, "logprobs": True, "top_logprobs": 2}
+    asked |= {"strategy": {"kind": "deep_confidence", **fields}, "trace": "full"}
+    reply = client.post("/v1/chat/completions", json=asked).json()
+    aborted = [one["tokens"] for one in reply["mull"]["trace"] if one["event"] == "aborted"]
+    assert len(aborted) >= 3
+    assert min(aborted) >= 8, "the first group has to be full"
+    assert sum(aborted) < len(aborted) * 40, "cut off in flight"
+    assert reply["mull"]["usage"]["aborted_tokens"] == sum(aborted)
+    tokens = reply["choices"][0]["logprobs"]["content"]
+    assert {len(one["top_logprobs"]) for one in tokens} == {2}
+    asked = {"model": "mull-tiny", "prompt": WORD, "max_tokens": 9, "logprobs": 0}
+    asked |= {"strategy": {"kind": "deep_confidence", "n": 2}}
+    [choice] = client.post("/v1/completions", json=asked).json()["choices"]
+    assert {len(one) for one in choice["logprobs"]["top_logprobs"]} == {1}
+
+
+def test_a_revision_goes_on_with_the_clients_own_conversation(client: httpx.Client):
+    turns = [{"role": "system", "content": "You count."}, *BODY["messages"]]
+    judged = {"kind": "regex", "pattern": "."}
+    asked = {"messages": turns, "n": 2, "parallel": 1, "prompt": "Again.", "verifier": judged}
+    found = run(client, "self_refine", **asked)
+    said = [
+        {"role": "assistant", "content": found["candidates"][0]["text"]},
+        {"role": "user", "content": "Again."},
+    ]
+    lengths = [
+        client.post("/tokenize", json={"model": "mull-tiny", "messages": one}).json()["count"]
+        for one in (turns, turns + said)
+    ]
+    usage = found["mull"]["usage"]
+    assert usage["engine_prompt_tokens"] == sum(lengths)
+    assert usage["engine_cached_tokens"] > 0
+    assert found["candidates"][0]["fate"] == "kept", "a revision that is no better is not taken"
+
+
+def test_thinking_is_held_to_a_length(client: httpx.Client):
+    longer = run(client, "budget_forcing", end="Answer", wait="apples: ", trace="full")
+    first, put, *_, last = longer["mull"]["tree"]
+    assert first["text"].endswith("Answer")
+    assert (put["text"], put["tokens"], put["parent"]) == ("apples: ", 0, first["index"])
+    assert longer["text"].startswith(first["text"].removesuffix("Answer") + "apples: ")
+    assert longer["text"].endswith(last["text"])
+    assert longer["mull"]["usage"]["kept_tokens"] == longer["usage"]["completion_tokens"]
+    shorter = run(
+        client, "budget_forcing", end="Answer", max_thinking_tokens=12, cue=": \\boxed{", extend=0
+    )
+    assert "Answer: \\boxed{" in shorter["text"]
+    assert shorter["candidates"][0]["answer"] is not None
+    tokens = PreTrainedTokenizerFast.from_pretrained(MULL_TINY)
+    assert len(tokens(shorter["text"].partition("Answer")[0]).input_ids) == 12
 
 
 @pytest.mark.parametrize("mode", ["grade", "compare"])

@@ -49,6 +49,7 @@ def test_a_stream_is_chunks_and_comments_and_agrees_with_the_whole_reply(client:
         VOTE,
         {"kind": "best_of_n", "n": 4},
         "chain_of_thought",
+        {"kind": "budget_forcing", "end": "Answer"},
         {"kind": "self_consistency"},
     ):
         whole = client.post(CHAT, json=BODY | {"strategy": strategy}).json()
