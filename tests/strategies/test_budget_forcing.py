@@ -1,6 +1,7 @@
 """Budget forcing: an end that comes too early is taken back, one that is late is put in."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -201,10 +202,11 @@ async def test_a_tag_that_too_many_tokens_hold_is_refused_by_name():
         async def tokens_with(self, text: str) -> tuple[int, ...]:
             raise InvalidRequest("too many", field="strategy.delimiter")
 
-    for engine, fields, field in (
+    cases: list[tuple[FakeEngine, dict[str, Any], str]] = [
         (Wide(["x"]), {}, "strategy.end"),
         (FakeEngine(["x"]), {"start": "so " * 40}, "strategy.start"),
-    ):
+    ]
+    for engine, fields, field in cases:
         with pytest.raises(InvalidRequest) as caught:
             await solved(engine, **fields)
         assert caught.value.field == field
