@@ -74,7 +74,7 @@ def _quiet() -> None:
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     logging.getLogger("vllm").setLevel(logging.ERROR)  # also of what it says while it is imported
-    warnings.filterwarnings("ignore", message=".*supports 0.22.0 to.*")
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
 
 
 class Training:
