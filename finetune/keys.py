@@ -198,6 +198,12 @@ class Task:
     )
     check_samples: int = field(default=4, metadata={"help": "Answers per problem when checking."})
     check_temperature: float = field(default=1.0, metadata={"help": "At which those are sampled."})
+    data_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "Tokens that were generated to make the rows; counted in what it all took."
+        },
+    )
     publish_to: str | None = field(
         default=None, metadata={"help": "The adapter's folder (default: output_dir/adapter)."}
     )

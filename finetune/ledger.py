@@ -18,6 +18,8 @@ class Ledger:
     trained: int
     tokens: int = 0
     """Read forwards and backwards."""
+    sampled: int = 0
+    """Generated to be learned from, by a model of this size."""
     _began: float = field(default_factory=time.monotonic)
     _cpu: float = field(default_factory=time.process_time)
 
@@ -25,16 +27,18 @@ class Ledger:
     def flops(self) -> float:
         """Of a frozen weight the gradient is not needed, but it must pass through.
 
-        What a reference or a teacher reads, and what is sampled, is not counted.
+        What a reference or a teacher reads is not counted.
         """
         through = FORWARD + BACKWARD / 2
         learned = FORWARD + BACKWARD
-        return self.tokens * (through * self.frozen + learned * self.trained)
+        sampling = FORWARD * self.sampled * (self.frozen + self.trained)
+        return sampling + self.tokens * (through * self.frozen + learned * self.trained)
 
     def figures(self) -> dict[str, float]:
         """For the manifest."""
         return {
             "tokens": float(self.tokens),
+            "sampled_tokens": float(self.sampled),
             "flops": float(self.flops),
             "seconds": round(time.monotonic() - self._began, 1),
             "cpu_seconds": round(time.process_time() - self._cpu, 1),

@@ -270,6 +270,7 @@ def _round(
         "grader": options.grader,
         "check_problems": options.exam,
         "check_general": options.general,
+        "data_tokens": str(tokens),
     }
     flags = [part for k, value in given.items() if value for part in (f"--{k}", value)]
     config = [] if options.config is None else ["--config", options.config]

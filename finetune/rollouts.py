@@ -33,6 +33,8 @@ class Rollouts:
         self._tokens = data.Tokens(tokenizer, max_length=None)
         self._args = args
         self._calls = 0
+        self.tokens = 0
+        """Read and generated so far."""
         self.rewards = [_named("grader", grader(right))]
         if reward is not None:
             self.rewards.append(_named("proxy", grader(reward)))
@@ -60,6 +62,10 @@ class Rollouts:
                 min_p=args.min_p or 0.0,
                 repetition_penalty=args.repetition_penalty,
             )
+        self.tokens += sum(
+            len(prompt) + len(answer.token_ids)
+            for prompt, (answer,) in zip(asked, answers, strict=True)
+        )
         return {
             "prompt_ids": asked,
             "completion_ids": [answer.token_ids for (answer,) in answers],

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from finetune import checks, data, peft_methods
+from finetune import checks, data, drift, peft_methods
 from finetune.adapter import Base, Manifest, publishing
 from finetune.engine import Engine
 from finetune.keys import Keys, parse
@@ -113,6 +113,7 @@ class Training:
         self._kind = trainer_kind
         self._engine = engine
         self._owned = ExitStack()
+        self._rollouts: Rollouts | None = None
 
     @property
     def engine(self) -> Engine:
@@ -149,6 +150,10 @@ class Training:
         with self._shown.bar:
             trainer.train(resume_from_checkpoint=resume)
         ledger.tokens = _tokens_seen(trainer, report)
+        ledger.sampled = self.keys.task.data_tokens
+        if self._rollouts is not None:
+            ledger.sampled += self._rollouts.tokens * self.args.world_size
+        history = trainer.state.log_history
         spent = ledger.figures() | {"processes": float(self.args.world_size)}
         if self._apart(trainer):
             trainer.save_model(str(self.out / "trained"))  # each process has a part of it
@@ -156,7 +161,8 @@ class Training:
         trainer.accelerator.end_training()  # a process that exits within its group can hang
         if not self.first:
             return None
-        return self._publish(self._whole(trainer), spent, report, initial)
+        drift.plot(history, self.out / "drift.png")
+        return self._publish(self._whole(trainer), spent, report, initial, drift.figures(history))
 
     def _data(self) -> tuple[Dataset, Dataset | None, data.Report]:
         task, report = self.keys.task, data.Report()
@@ -220,7 +226,7 @@ class Training:
         model = self._model()
         more: dict[str, Any] = {}
         if self.method.name == "grpo":
-            rollouts = Rollouts(
+            rollouts = self._rollouts = Rollouts(
                 self.engine, self.tokenizer, args, keys.task.grader, keys.task.reward
             )
             more = {"rollout_func": rollouts, "reward_funcs": rollouts.rewards}
@@ -308,7 +314,12 @@ class Training:
         return folder
 
     def _publish(
-        self, model: Any, spent: dict[str, float], report: data.Report, initial: Path | None
+        self,
+        model: Any,
+        spent: dict[str, float],
+        report: data.Report,
+        initial: Path | None,
+        drifted: dict[str, float],
     ) -> Path | None:
         keys = self.keys
         folder = Path(keys.task.publish_to or self.out / "adapter")
@@ -345,7 +356,7 @@ class Training:
                 },
                 data=_digests(keys.task),
                 compute=spent,
-                evaluation=found,
+                evaluation=found | drifted,
             )
             checks.card(draft, manifest, report)
             manifest.write(draft)
