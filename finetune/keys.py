@@ -5,7 +5,7 @@ and axolotl use for the same thing are understood.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -255,9 +255,11 @@ def parse(
     defaults |= {"bf16": not on_cpu, "logging_steps": 1, "disable_tqdm": False}
     defaults |= {"ddp_find_unused_parameters": False}  # an adapter's are all used
     defaults = {key: value for key, value in defaults.items() if key in known}
+    bare = {action.dest for action in parser._actions if action.nargs == "?"}
+    flags = _flags(defaults | dict(fixed) | given, bare)
     try:
         task, training, model = parser.parse_args_into_dataclasses(
-            list(_flags(defaults | dict(fixed) | given)), look_for_args_file=False
+            list(flags), look_for_args_file=False
         )
     except (ValueError, ImportError) as error:
         raise SystemExit(f"{prog}: {error}") from error
@@ -309,10 +311,12 @@ def _renamed(pairs: Any) -> Iterator[tuple[str, Any]]:
         yield from ({key: value} if meaning is None else meaning).items()
 
 
-def _flags(given: Mapping[str, Any]) -> Iterator[str]:
-    """As the command line of trl's parser, whose types then hold."""
+def _flags(given: Mapping[str, Any], bare: Container[str]) -> Iterator[str]:
+    """As the command line of trl's parser, whose types then hold; a `bare` key alone is true."""
     for key, value in given.items():
         yield f"--{key}"
+        if value is True and key in bare:
+            continue
         if isinstance(value, list) and not any(isinstance(each, dict) for each in value):
             yield from map(str, value)
         elif isinstance(value, list | dict):

@@ -101,6 +101,13 @@ class Training:
             )
         if keys.model.model_name_or_path is None:
             raise SystemExit(f"{prog}: say 'model_name_or_path'")
+        if self.args.fsdp and (self.args.use_cpu or self.args.world_size == 1):
+            raise SystemExit(
+                f"{prog}: 'fsdp' splits the base over GPUs, one for each process; there is none to "
+                "split it over"
+            )
+        if self.args.fsdp and "FULL" not in self.args.fsdp_plugin_args["state_dict_type"]:
+            raise SystemExit(f"{prog}: the adapter is gathered whole: leave out 'state_dict_type'")
         if self.quantised is not None and find_spec("bitsandbytes") is None:
             raise SystemExit(
                 f"{prog}: 'load_in_4bit' and 'load_in_8bit' need bitsandbytes, which is not "

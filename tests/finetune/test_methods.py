@@ -210,7 +210,13 @@ def test_two_processes_train_together_and_one_publishes(trained, place: Path):
     assert 1.5 < together / alone < 2.5
 
 
-def test_answers_are_reinforced_in_one_process(monkeypatch: pytest.MonkeyPatch):
+def test_what_the_processes_at_hand_cannot_do_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it for good
+    with pytest.raises(SystemExit, match="'fsdp' splits the base over GPUs"):
+        training.run("sft", [*flags(COMMON | {"output_dir": "runs/split"}), "--fsdp"], prog="test")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="start it without torchrun"):
         training.run(*trains("grpo"), prog="test")
