@@ -59,6 +59,8 @@ class Truth:
     """A score from which on it is right, or a share of the votes."""
     bad: float = 0.1
     """A score up to which it is wrong."""
+    verifier: str | None = None
+    """The kind whose scores are believed; None: whichever a run had."""
     grade: Grader | None = None
     rows: dict[str, data.Row] = field(default_factory=dict)
     """By prompt as JSON, what the grader reads."""
@@ -104,6 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         help="what tells right from wrong: a grader with known answers, the verifier's score, or "
         "the winner of the vote (default %(default)s)",
     )
+    parser.add_argument("--verifier", metavar="KIND", help="only runs that it judged")
     parser.add_argument("--answers", metavar="FILE", help="rows of {prompt, answer} for a grader")
     parser.add_argument("--grader", default="answer", help="'answer' or module:function")
     parser.add_argument(
@@ -133,6 +136,7 @@ def main(arguments: Sequence[str]) -> None:
         by=options.by,
         good=good,
         bad=options.bad,
+        verifier=options.verifier,
         grade=grader(options.grader) if options.answers else None,
         rows={key(row["prompt"]): row for row in data.listed(data.read(options.answers))}
         if options.answers
@@ -177,15 +181,23 @@ def gathered(
                 counts["lines that cannot be read"] += 1
                 continue
             counts["runs"] += 1
+            judge = run["strategy"].get("verifier") or {}
+            if truth.verifier is not None and judge.get("kind") != truth.verifier:
+                counts["runs left out: by another verifier, or none"] += 1
+                continue
             if test.has({"prompt": run["prompt"]}):
                 counts["runs left out: in the test set"] += 1
                 continue
             asked = found.setdefault(key(run["prompt"]), Asked(run["prompt"]))
             for one in run["candidates"]:
-                if one["complete"] and one["text"] not in asked.solutions:
+                known = asked.solutions.get(one["text"])
+                if one["complete"] and (known is None or known.right is None):
                     right = truth.of(run, one)
                     asked.solutions[one["text"]] = Solution(one["text"], one["tokens"], right)
-                    counts[{True: "right", False: "wrong", None: "nobody can tell"}[right]] += 1
+    told = {True: "right", False: "wrong", None: "nobody can tell"}
+    for asked in found.values():
+        for one in asked.solutions.values():
+            counts[told[one.right]] += 1
     counts["prompts"] = len(found)
     return list(found.values())
 

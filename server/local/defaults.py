@@ -60,15 +60,17 @@ def flags(parser: ArgumentParser, *, adapters: bool) -> None:
             parser.set_defaults(dtype="float32")
 
 
-def embedded_flags(parser: ArgumentParser) -> None:
-    """Further defaults for the embedded model; its adapters come with it."""
+def embedded_flags(parser: ArgumentParser, *, adapters: bool) -> None:
+    """Further defaults for the embedded model; its adapters come with it, unless by a registry."""
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
-    adapters = [
-        LoRAModulePath(name=folder.name, path=str(folder))
-        for folder in (MULL_TINY_VERIFIER, MULL_TINY_PRICES)
-    ]
-    parser.set_defaults(**_EMBEDDED, **_ADAPTERS, lora_modules=adapters)
+    parser.set_defaults(**_EMBEDDED)
+    if not adapters:
+        known = [
+            LoRAModulePath(name=folder.name, path=str(folder))
+            for folder in (MULL_TINY_VERIFIER, MULL_TINY_PRICES)
+        ]
+        parser.set_defaults(**_ADAPTERS, lora_modules=known)
 
 
 def on_cpu() -> bool:

@@ -65,7 +65,7 @@ def parse(argv: list[str], settings: Settings) -> Namespace:
     defaults.flags(parser, adapters=settings.adapters is not None)
     args = cast(Namespace, parser.parse_args(argv))
     if args.model_tag is None and args.model == str(MULL_TINY):
-        defaults.embedded_flags(parser)
+        defaults.embedded_flags(parser, adapters=settings.adapters is not None)
         args = cast(Namespace, parser.parse_args(argv))
     args.model = args.model_tag or args.model
     validate_parsed_serve_args(args)

@@ -26,6 +26,7 @@ def run(*candidates: dict[str, Any], prompt: Any = PROMPT, votes: Any = None) ->
     return {
         "schema_version": 1,
         "prompt": prompt,
+        "strategy": {"kind": "best_of_n", "verifier": {"kind": "countdown"}},
         "votes": votes or {},
         "candidates": list(candidates),
     }
@@ -82,6 +83,13 @@ def test_a_grader_decides_by_known_answers(made, tmp_path: Path):
     ]
     with pytest.raises(SystemExit):
         made(runs, "--to", "pairs", "--by", "grader")
+
+
+def test_only_the_named_verifier_is_believed_and_what_it_knows_counts(made):
+    other = run(solution("a", score=0.99)) | {"strategy": {"kind": "self_consistency"}}
+    unsure, sure = run(solution("b", score=0.5)), run(solution("b", score=1.0))
+    rows = made([other, unsure, sure], "--to", "demonstrations", "--verifier", "countdown")
+    assert [row["completion"] for row in rows] == ["b"]
 
 
 def test_a_test_set_is_left_out(made, tmp_path: Path):

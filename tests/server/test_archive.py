@@ -62,7 +62,8 @@ def test_what_a_server_keeps_is_what_training_reads(
     assert not unwanted & {one["run"] for one in lines(folder)}
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
     out = tmp_path / "rows.jsonl"
-    traces.main(["--from-traces", str(folder), "--to", "demonstrations", "--out", str(out)])
+    flags = ["--from-traces", str(folder), "--to", "demonstrations", "--out", str(out)]
+    traces.main([*flags, "--verifier", "countdown", "--per-prompt", "99"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert chosen["text"] in {row["completion"] for row in rows if row["prompt"] == run["prompt"]}
 

@@ -51,6 +51,7 @@ VOLATILE = {
     "completed_at",
     "input_messages",
     "output_messages",
+    "system_fingerprint",  # of the configuration: Mull serves the embedded model's adapters, too
 }
 
 

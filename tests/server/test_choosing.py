@@ -104,7 +104,8 @@ def test_contradictions_are_refused(
 
 def test_presets_are_listed_as_models(chosen: httpx.Client):
     listed = {one["id"]: one for one in chosen.get("/v1/models").json()["data"]}
-    assert set(listed) == {"mull-tiny", "mull-tiny:deep", "mull-tiny:short"}
+    served = {"mull-tiny", "mull-tiny-prices", "mull-tiny-verifier"}
+    assert set(listed) == {f"{name}{one}" for name in served for one in ("", ":deep", ":short")}
     assert listed["mull-tiny:deep"]["parent"] == "mull-tiny"
     assert listed["mull-tiny:deep"]["description"] == "Six votes."
     assert "description" not in listed["mull-tiny:short"]

@@ -23,7 +23,7 @@ TAG = "<|good|>"
 
 def reward_model(folder: Path, labels: int) -> tuple[Any, PreTrainedTokenizerFast]:
     """The embedded model with a head that nobody trained."""
-    torch.manual_seed(0)
+    torch.manual_seed(4)
     kind = Qwen3ForSequenceClassification
     model = kind.from_pretrained(MULL_TINY, num_labels=labels, dtype=torch.float32)
     model.score.weight.data *= 20  # or all answers had nearly one score
