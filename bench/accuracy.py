@@ -63,6 +63,22 @@ def _methods(family: str) -> list[tuple[str, int, dict[str, Any]]]:
     for rule in ("unassailable", "confidence", "window"):
         early = {"kind": "self_consistency", "n": 16, "early_stop": rule}
         methods.append((f"self-consistency, {rule} stop", 16, {"strategy": early}))
+    for eta in (0.9, 0.5):
+        sure = {"kind": "deep_confidence", "n": 16, "eta": eta}
+        methods.append((f"deep confidence, eta {eta}", 16, {"strategy": sure}))
+    for parallel in (1, 4):
+        refine = {"kind": "self_refine", "n": 16, "parallel": parallel}
+        methods.append((f"self-refine in {parallel}, vote", 16, {"strategy": refine}))
+        if family == "countdown":
+            judged = {"strategy": refine | {"verifier": "countdown"}}
+            methods.append((f"self-refine in {parallel} by countdown", 16, judged))
+    # The embedded model has no tags: what it writes before its answer is its thinking.
+    forcing = {"kind": "budget_forcing", "end": "Answer"}
+    for title, fields in {
+        "extended once": {"wait": "\n"},
+        "24 tokens at most": {"extend": 0, "max_thinking_tokens": 24, "cue": ": \\boxed{"},
+    }.items():
+        methods.append((f"budget forcing, {title}", 1, {"strategy": forcing | fields}))
     verifiers = ["likelihood"] + (["countdown"] if family == "countdown" else [])
     for verifier in verifiers:
         for n in NS[1:]:
