@@ -512,7 +512,8 @@ async def test_two_slots_serve_the_base_and_eight_adapters_exactly(
     asked = [
         {
             "model": names[at % len(names)],
-            "prompt": f"Tom has {rng.randint(2, 99)} apples. He finds {rng.randint(2, 99)}.",
+            "prompt": f"<|im_start|>user\nTom has {rng.randint(2, 99)} apples. He finds "
+            f"{rng.randint(2, 99)}. How many has he?<|im_end|>\n<|im_start|>assistant\n",
             "temperature": 0,
             "max_tokens": rng.randint(8, 40),
         }

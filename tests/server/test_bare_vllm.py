@@ -25,7 +25,14 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/chat/completions",
         SAMPLING | {"messages": MESSAGES, "max_tokens": 80, "n": 2, "logprobs": True},
     ),
-    "completions": ("/v1/completions", SAMPLING | {"prompt": "Step 1: 3 + 4 =", "max_tokens": 20}),
+    "completions": (
+        "/v1/completions",
+        SAMPLING
+        | {
+            "prompt": "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n",
+            "max_tokens": 20,
+        },
+    ),
     "responses": (
         "/v1/responses",
         {"model": "mull-tiny", "temperature": 0, "input": MESSAGES, "max_output_tokens": 80},
