@@ -202,7 +202,7 @@ class _Completing:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def _send_whole(self, start: Message) -> None:
-        reply: JSON = json.loads(self._held)
+        reply = as_object(json.loads(self._held)) or {}  # vLLM says null to a client that left
         spent = usage_of(self._selection)
         if spent is not None and isinstance(reply.get("usage"), dict):
             exact(reply["usage"], spent)

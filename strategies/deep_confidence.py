@@ -21,22 +21,22 @@ ROUNDING = 1e-9
 class DeepConfidence(Strategy, frozen=True):
     """Learn from a few whole traces how sure is sure enough, and abort later ones that are not.
 
-    A token's confidence is the mean of -log p over its `top_k` likeliest tokens; a group's is the
-    mean over the last `group` tokens, a trace's that of its lowest group. `warmup` traces are
-    drawn whole. The bar is the lowest trace among the `eta` most confident of them: small is strict
-    (DeepConf-low, 0.1), large is lenient (DeepConf-high, 0.9). From then on, a trace is aborted at
-    the token at which its group falls below the bar. Traces at or above it vote with the weight of
-    their confidence. The vote is over when the leader's share of the weight is `consensus` and, so
-    that a strict bar does not make one vote unanimous, as many voted as warmed up; until then as
-    many are drawn at once as would bring it about if they all agreed.
+    A token's confidence is the mean of -log p over the `likeliest` tokens at its place; a group's
+    is the mean over the last `group` tokens, a trace's that of its lowest group. `warmup` traces
+    are drawn whole. The bar is the lowest trace among the `eta` most confident of them: small is
+    strict (DeepConf-low, 0.1), large is lenient (DeepConf-high, 0.9). From then on, a trace is
+    aborted at the token at which its group falls below the bar. Traces at or above it vote with the
+    weight of their confidence. The vote is over when the leader's share of the weight is
+    `consensus` and, so that a strict bar does not make one vote unanimous, as many voted as warmed
+    up; until then as many are drawn at once as would bring it about if they all agreed.
 
     A trace shorter than `group` has one group, and is never aborted. Ties go to the answer with
     the earliest trace.
     """
 
     cost: ClassVar[str] = (
-        "at most n samples, of which all but warmup are cut off where they become unsure; "
-        "the log-probabilities of top_k tokens at each token"
+        "at most n samples, of which all but warmup are cut off where they become unsure, "
+        "and the log-probabilities of the likeliest tokens at each place"
     )
     paper: ClassVar[str] = "Fu et al. 2025, Deep Think with Confidence, arXiv:2508.15260"
 
@@ -51,7 +51,7 @@ class DeepConfidence(Strategy, frozen=True):
     group: int = Field(
         default=32, ge=1, le=8192, description="Tokens of a group; the paper has 2048."
     )
-    top_k: int = Field(
+    likeliest: int = Field(
         default=20, ge=2, le=20, description="Likeliest tokens that a token's confidence is of."
     )
     consensus: float = Field(
@@ -114,7 +114,7 @@ class DeepConfidence(Strategy, frozen=True):
             groups.add(chunk.top_logprobs)
             return bar is None or groups.lowest >= bar
 
-        return Draw(likeliest=self.top_k, worth=None if bar is None else sure)
+        return Draw(likeliest=self.likeliest, worth=None if bar is None else sure)
 
     def _lowest(self, one: Candidate) -> float:
         require(one, one.top_logprobs, self.kind)

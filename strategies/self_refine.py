@@ -21,7 +21,7 @@ class SelfRefine(Strategy, frozen=True):
 
     `n` over `parallel` is the ratio of sequential to parallel compute (Snell et al. 2024). A
     revision is a new answer after two more turns of the same conversation: the answer so far, and
-    `prompt`.
+    `revise_prompt`.
 
     With a verifier, a revision takes the place of what it revises only if it scores higher, or
     ended by itself where that one did not; it ends early when an answer that ended by itself scores
@@ -57,7 +57,7 @@ class SelfRefine(Strategy, frozen=True):
     accept_at: float | None = Field(
         default=None, ge=0, le=1, description="With a verifier: the score that ends it."
     )
-    prompt: str = Field(
+    revise_prompt: str = Field(
         default=REVISE, min_length=1, max_length=8000, description="Asks for a revision."
     )
     shown_tokens: int = Field(
@@ -89,7 +89,7 @@ class SelfRefine(Strategy, frozen=True):
         chains = min(self.parallel, self.n)
         talk = None
         if chains < self.n:
-            talk = await _Conversation.begun(problem, ctx, self.prompt)
+            talk = await _Conversation.begun(problem, ctx, self.revise_prompt)
         opinion = _Vote(ctx) if self.verifier is None else _Judgement(self, problem, ctx)
         candidates: list[Candidate] = []
         held: dict[int, Candidate] = {}
@@ -242,8 +242,8 @@ class _Conversation:
         talk = cls(problem, ctx, words, begin, opening)
         if await talk.after("0") is None:
             raise InvalidRequest(
-                "with an answer and 'prompt' after it, the conversation is too long for the model, "
-                "or its template tells it otherwise from the beginning",
+                "with an answer and 'revise_prompt' after it, the conversation is too long for the "
+                "model, or its template tells it otherwise from the beginning",
                 field="messages",
             )
         return talk

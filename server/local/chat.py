@@ -76,7 +76,10 @@ async def render(serving: Any, messages: list[dict[str, Any]]) -> tuple[int, ...
         InvalidRequest: vLLM refuses it.
     """
     request = ChatCompletionRequest.model_validate({"messages": messages})
-    rendered: Any = await serving.render_chat_request(request)
+    try:
+        rendered: Any = await serving.render_chat_request(request)
+    except VLLMClientError as error:
+        raise InvalidRequest(str(error)) from error
     if isinstance(rendered, ErrorResponse):
         raise InvalidRequest(rendered.error.message)
     _, [prompt] = rendered

@@ -45,7 +45,7 @@ class Strategy(BaseModel, ABC, frozen=True):
     paper: ClassVar[str]
     """Authors, year, title, and arXiv number."""
     stepwise: ClassVar[bool] = False
-    """Whether it asks for one step at a time, and its verifier judges steps."""
+    """Whether it draws an answer in parts, and its verifier, if any, judges parts."""
     rereads: ClassVar[bool] = False
     """Whether it puts more tokens after those of the prompt, which a picture does not have."""
 

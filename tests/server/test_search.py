@@ -102,6 +102,10 @@ def test_chat_gives_the_whole_answer_with_its_log_probabilities(client: httpx.Cl
         ({"stop": ["so"]}, "stop"),
         ({"strategy": {"kind": "budget_forcing", "end": "Answer"}, "min_tokens": 4}, "min_tokens"),
         ({"strategy": "budget_forcing", "logprobs": True}, "logprobs"),
+        (
+            {"strategy": {"kind": "self_refine", "revise_prompt": "apple " * 1300}},
+            "messages",
+        ),
         ({"strategy": "self_refine", "continue_final_message": True, **PREFILLED}, "messages"),
         ({"trace": "all"}, "trace"),
         ({"strategy": {"kind": "beam_search", "verifier": "judge"}}, "verifier.kind"),
@@ -121,7 +125,7 @@ def test_chat_gives_the_whole_answer_with_its_log_probabilities(client: httpx.Cl
         ),
         ({"n": 9}, "n"),
     ],
-    ids=str,
+    ids=lambda one: str(one)[:100],
 )
 def test_what_cannot_be_kept_step_by_step_is_refused(
     client: httpx.Client, fields: dict[str, Any], param: str
@@ -301,7 +305,13 @@ def test_traces_that_become_unsure_are_aborted_and_logprobs_are_as_asked_for(cli
 def test_a_revision_goes_on_with_the_clients_own_conversation(client: httpx.Client):
     turns = [{"role": "system", "content": "You count."}, *BODY["messages"]]
     judged = {"kind": "regex", "pattern": "."}
-    asked = {"messages": turns, "n": 2, "parallel": 1, "prompt": "Again.", "verifier": judged}
+    asked = {
+        "messages": turns,
+        "n": 2,
+        "parallel": 1,
+        "revise_prompt": "Again.",
+        "verifier": judged,
+    }
     found = run(client, "self_refine", **asked)
     said = [
         {"role": "assistant", "content": found["candidates"][0]["text"]},

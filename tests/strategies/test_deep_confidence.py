@@ -34,7 +34,7 @@ def mean_of(piece: str, k: int) -> float:
 async def solved(
     texts: list[str] | Callable[[Generation], str], limits: Limits | None = None, **fields: object
 ) -> tuple[Outcome, FakeEngine, RecordingContext]:
-    strategy = DeepConfidence.model_validate({"group": 2, "top_k": 4, **fields})
+    strategy = DeepConfidence.model_validate({"group": 2, "likeliest": 4, **fields})
     engine = FakeEngine(texts, logprob=likely)
     async with context(engine, limits=limits, answer_format=strategy.answer) as ctx:
         return await strategy.solve(PROBLEM, ctx), engine, ctx
@@ -186,8 +186,8 @@ def test_a_trace_is_given_up_if_and_only_if_one_of_its_groups_is_below_the_bar(
         {"warmup": 0},
         {"eta": 0},
         {"eta": 1.1},
-        {"top_k": 1},
-        {"top_k": 21},
+        {"likeliest": 1},
+        {"likeliest": 21},
         {"group": 0},
         {"consensus": 0.5},
     ],

@@ -33,7 +33,7 @@ async def solved(
 ) -> tuple[Outcome, FakeEngine, RecordingContext]:
     if score is not None:
         fields["verifier"] = "fake"
-    strategy = SelfRefine.model_validate({"prompt": PROMPT, **fields})
+    strategy = SelfRefine.model_validate({"revise_prompt": PROMPT, **fields})
     engine = engine or FakeEngine(by_place(texts))
     ctx = context(
         engine,
@@ -198,8 +198,8 @@ async def test_a_budget_ends_it_with_what_there_is():
         ({"verifier": "x", "accept_at": 1.5}, "less than"),
         ({"n": 257}, "less than"),
         ({"parallel": 0}, "greater than"),
-        ({"prompt": ""}, "at least 1"),
-        ({"prompt": "x" * 8001}, "at most 8000"),
+        ({"revise_prompt": ""}, "at least 1"),
+        ({"revise_prompt": "x" * 8001}, "at most 8000"),
         ({"shown_tokens": 0}, "greater than"),
     ],
     ids=str,
@@ -207,4 +207,4 @@ async def test_a_budget_ends_it_with_what_there_is():
 def test_bounds(fields: dict[str, object], complaint: str):
     with pytest.raises(ValidationError, match=complaint):
         SelfRefine.model_validate(fields)
-    assert SelfRefine().prompt == REVISE
+    assert SelfRefine().revise_prompt == REVISE
