@@ -274,6 +274,17 @@ def equip(selection: Selection, model: object, shelf: Shelf, settings: Settings)
             selection.calibration = known
             selection.verifier = None if judged is None else resolve(judged, settings.allowed)
             return
+    uncalibrated(selection)
+
+
+def uncalibrated(selection: Selection) -> None:
+    """Let a strategy that plans go without: nothing is known of the model as it is served.
+
+    Raises:
+        InvalidRequest: The request asks for what only a calibration can give.
+    """
+    strategy = selection.strategy
+    selection.calibration = selection.verifier = None
     for field in ("verifier", "target_confidence", "min_confidence"):
         if getattr(strategy, field) is not None:
             raise InvalidRequest(

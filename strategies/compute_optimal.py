@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, TypeAdapter, model_validator
 
 from strategies.beam_search import BeamSearch
-from strategies.core.calibration import Ballot, Calibration, Plan, leader, plan
+from strategies.core.calibration import Ballot, Calibration, Plan, plan, votes
 from strategies.core.context import Context
 from strategies.core.errors import BudgetSpent, MullError, NoCandidate
 from strategies.core.events import Planned
@@ -25,12 +25,12 @@ _USUAL = 16
 class ComputeOptimal(Strategy, frozen=True):
     """Draw a few samples, estimate how hard the problem is, and go on while it pays.
 
-    What `mull calibrate` has learned of this model says, after 4, 8, 16 … samples: the probability
-    that the leading answer is right, how likely the problem is of each bin of difficulty, and what
-    each option (more samples, a search) would gain and cost. An option is taken if it gains more
-    P(right) than its tokens are worth; their price is what accuracy costs at the end of the budget
-    with a fixed number of samples. With `target_confidence`, it goes on until that is reached. All
-    samples and what a search finds vote together. The plan stands in the reply.
+    What `mull calibrate` has learned of this model says, after 2, 3, 4, 6 … samples, how probable
+    it is that the leading answer is right, how likely the problem is of each bin of difficulty, and
+    what each option (more samples, a search) would gain and cost. An option is taken if it gains
+    more P(right) than its tokens are worth; their price is what accuracy costs at the end of the
+    budget with a fixed number of samples. With `target_confidence`, it goes on until that is
+    reached. All samples and what a search finds vote together. The plan stands in the reply.
 
     Without a calibration of this model and verifier: self-consistency of up to 16 samples, ended
     when the Beta posterior of the two leading answers is 0.95 sure; the reply says so.
@@ -118,8 +118,7 @@ class _Search:
     async def run(self) -> Outcome:
         """To the end."""
         strategy, ctx = self._strategy, self._ctx
-        stages = [one.samples for one in self._calibration.stages]
-        wanted = min(stages[0], strategy.n)
+        wanted = min(self._calibration.stages[0].samples, strategy.n)
         while True:
             short = not await self._draw(wanted - len(self._candidates))
             decision = self._planned(over=short)
@@ -129,19 +128,24 @@ class _Search:
                 await self._search(decision.option)
                 decision = self._planned(over=True)
                 break
-            # One stage at a time: what the next samples say may change the plan.
-            further = [one for one in stages if one > wanted]
-            wanted = min([int(decision.option), *further[:1]])
-        first = leader(self._ballots(), self._calibration.rule)
-        least = strategy.min_confidence
+            wanted = self._calibration.advanced(wanted, int(decision.option))
+        counted = votes(self._ballots(), self._calibration.rule)
+        order = {place: at for at, place in enumerate(sorted(counted, key=lambda p: -counted[p]))}
+
+        def badness(one: Candidate) -> tuple[float, ...]:
+            """Of the leading answer first; then what ended by itself and scored best."""
+            rank = order.get(self._places.get(one.index, -1), len(order))
+            return (rank, not one.complete, -(self._scores.get(one.index) or 0.0), one.index)
+
+        sure, least = decision.confidence, strategy.min_confidence
         return await ctx.choose(
             self._problem,
-            sorted(self._candidates, key=lambda one: self._badness(one, first)),
+            sorted(self._candidates, key=badness),
             decided=decision.option is None and not short,
             scores=self._scores,
-            votes=self._votes(),
-            confidence=decision.confidence,
-            abstained=least is not None and decision.confidence < least,
+            votes={self._answers[place]: weight for place, weight in counted.items()},
+            confidence=sure,
+            abstained=least is not None and (sure is None or sure < least),
         )
 
     async def _draw(self, n: int) -> bool:
@@ -198,9 +202,13 @@ class _Search:
         if budget.samples_left is not None:
             most = min(most, len(self._candidates) + budget.samples_left)
         late = budget.seconds_left is not None and budget.seconds_left <= 0
+        if not (ballots := self._ballots()):
+            why = "the budget ended before anything was judged"
+            self._ctx.emit(Planned(samples=len(self._candidates), option=None, why=why))
+            return Plan(None, None, ())
         decision = plan(
             self._calibration,
-            self._ballots(),
+            ballots,
             prompt_tokens=len(self._problem.token_ids),
             price=self._price,
             left=0.0 if over or late else budget.left,
@@ -210,7 +218,7 @@ class _Search:
         goal = strategy.target_confidence
         if decision.option is not None:
             why = "it gains more than its tokens are worth" if goal is None else "not sure enough"
-        elif goal is not None and decision.confidence >= goal:
+        elif goal is not None and decision.confidence is not None and decision.confidence >= goal:
             why = "as sure as asked for"
         else:
             why = "nothing more can be had" if over or late else "nothing gains what it would cost"
@@ -229,34 +237,13 @@ class _Search:
         return decision
 
     def _ballots(self) -> list[Ballot]:
+        """What nobody judged, where there is a judge, has no vote: a missing score is no number."""
+        judged = self._ctx.verifier is not None
         return [
             Ballot(self._places.get(one.index), self._scores.get(one.index), len(one.token_ids))
             for one in self._candidates
+            if not judged or one.index in self._scores
         ]
-
-    def _votes(self) -> dict[str, float]:
-        """By answer, what the rule counts."""
-        votes: dict[str, float] = {}
-        for one in self._candidates:
-            if (place := self._places.get(one.index)) is not None:
-                score = self._scores.get(one.index) or 0.0
-                answer, before = self._answers[place], votes.get(self._answers[place], 0.0)
-                match self._calibration.rule:
-                    case "votes":
-                        votes[answer] = before + 1.0
-                    case "weighted":
-                        votes[answer] = before + score
-                    case "max":
-                        votes[answer] = max(before, score)
-        return votes
-
-    def _badness(self, one: Candidate, first: int | None) -> tuple[float, ...]:
-        """Of the leading answer first; then what ended by itself and scored best."""
-        place = self._places.get(one.index)
-        votes = 0.0 if place is None else self._votes()[self._answers[place]]
-        leads = place is not None and place == first
-        score = self._scores.get(one.index) or 0.0
-        return (not leads, not one.complete, -votes, -score, one.index)
 
     def _per_sample(self) -> float:
         """Tokens of a sample, the verifier's included, in the mean."""

@@ -255,14 +255,11 @@ class Spent:
     confidence: float
 
 
-def simulate(
-    one: Pooled, calibration: Calibration, *, budget: float, probe: int, rng: random.Random
-) -> Spent:
+def simulate(one: Pooled, calibration: Calibration, *, budget: float, rng: random.Random) -> Spent:
     """What `compute_optimal` does on a problem whose samples are known."""
     order = rng.sample(one.samples, len(one.samples))
-    stages = [stage.samples for stage in calibration.stages]
     price = calibration.price(budget)
-    n, tokens, found = calibration.stage(probe).samples, 0.0, list[Vote]()
+    n, tokens, found = calibration.stages[0].samples, 0.0, list[Vote]()
     while True:
         tokens += one.cost(order[len(found) : n])
         found = list(order[:n])
@@ -289,7 +286,8 @@ def simulate(
                 most=0,
             )
             break
-        n = min([int(decision.option), *[stage for stage in stages if stage > n][:1]])
+        n = calibration.advanced(n, int(decision.option))
+    assert decision.confidence is not None
     return Spent(
         right=right(found, calibration.rule), tokens=tokens, confidence=decision.confidence
     )

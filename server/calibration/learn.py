@@ -151,9 +151,7 @@ def _out_of_fold(pool: Sequence[Pooled], rule: Rule, options: argparse.Namespace
         fitted = _calibration(rest, rule, options, {}, {})
         for n in sizes:
             runs[n] += [
-                simulate(one, fitted, budget=costs[n], probe=4, rng=rng)
-                for one in held
-                for _ in range(2)
+                simulate(one, fitted, budget=costs[n], rng=rng) for one in held for _ in range(2)
             ]
     drawn = {n: [rng.sample(one.samples, n) for one in pool for _ in range(2)] for n in sizes}
     return [

@@ -148,12 +148,14 @@ class Pool:
                 if place is None:
                     place = len(known)
                     known.append(answer)
+            # Without a verifier the route judges by likelihood, and a server will not.
+            score = one["score"] if self._verifier else None
             right = False
             if answer is not None and self._grade is not None:
                 right = self._grade(row, one["text"]) >= 0.5
             elif answer is not None and gold is not None:
                 right = await self._answers.place(answer, [str(gold)], form) is not None
-            votes.append(Vote(place=place, right=right, score=one["score"], tokens=one["tokens"]))
+            votes.append(Vote(place=place, right=right, score=score, tokens=one["tokens"]))
         return tuple(votes)
 
 

@@ -18,7 +18,7 @@ from server.admission import Admission
 from server.calibration.shelf import Shelf
 from server.local.engine import Adapter, Asked, Client, LocalEngine
 from server.run import Run, Selection
-from server.selection import SELECTION, equip, from_xargs
+from server.selection import SELECTION, equip, from_xargs, uncalibrated
 from server.settings import Settings
 from server.store import Store
 from server.verifiers.catalogue import adapters, talkers
@@ -78,6 +78,11 @@ class Reasoner:
                 equip(selection, None, self._shelf, self._settings)
         if selection is None:
             return self._client.generate(prompt, sampling_params, request_id, **options)
+        lora = options.get("lora_request")
+        selection.model = None if lora is None else lora.lora_name
+        known = selection.calibration
+        if known is not None and known.digests.get("adapter") != selection.model:
+            uncalibrated(selection)  # it is of another version
         versions = selection.versions
         for name in adapters(selection.verifier):
             self._client.judges.labels(versions.get(name, name))  # it is there and judges
@@ -122,11 +127,6 @@ class Reasoner:
                     pass
 
         with self._admission.admit(engine) as admitted:
-            lora = asked.options.get("lora_request")
-            selection.model = None if lora is None else lora.lora_name
-            known = selection.calibration
-            if known is not None and known.digests.get("adapter") != selection.model:
-                selection.calibration = selection.verifier = None  # of another version
             run = Run(
                 selection,
                 problem,

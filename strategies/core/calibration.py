@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from strategies.core.vote import Tally
-
 SCHEMA_VERSION = 1
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -47,21 +45,24 @@ class Ballot:
     tokens: int
 
 
+def votes(ballots: Sequence[Ballot], rule: Rule) -> dict[int, float]:
+    """By number of the answer, in the order in which they came, what samples give it."""
+    found: dict[int, float] = {}
+    for one in ballots:
+        if one.place is not None:
+            before, score = found.get(one.place, 0.0), one.score or 0.0
+            found[one.place] = (
+                max(before, score)
+                if rule == "max"
+                else before + (1.0 if rule == "votes" else score)
+            )
+    return found
+
+
 def leader(ballots: Sequence[Ballot], rule: Rule) -> int | None:
     """The answer that samples elect, by its number; ties go to the earliest sample."""
-    tally, best = Tally(), (-1.0, None)
-    for index, one in enumerate(ballots):
-        if one.place is None:
-            continue
-        if rule == "max":
-            best = max(best, (one.score or 0.0, one.place), key=lambda pair: pair[0])
-            continue
-        name = str(one.place)
-        place = tally.answers.index(name) if name in tally.answers else None
-        tally.count(place, name, 1.0 if rule == "votes" else one.score or 0.0, index)
-    if rule == "max":
-        return best[1]
-    return int(tally.answers[tally.ranked()[0]]) if tally.answers else None
+    found = votes(ballots, rule)
+    return max(found, key=lambda place: found[place], default=None)
 
 
 def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple[float, ...]:
@@ -225,6 +226,10 @@ class Calibration(_Fitted):
         reached = [one for one in self.stages if one.samples <= samples]
         return reached[-1] if reached else self.stages[0]
 
+    def advanced(self, samples: int, wanted: int) -> int:
+        """How many samples to have next on the way to so many: they may change the plan."""
+        return min([wanted, *(one.samples for one in self.stages if one.samples > samples)])
+
     def price(self, tokens: float) -> float:
         """Accuracy per token that a fixed number of samples buys at the end of so many tokens.
 
@@ -243,8 +248,8 @@ class Plan:
 
     option: str | None
     """A number of samples to go on to, or a search; None: stop."""
-    confidence: float
-    """That the leading answer is right."""
+    confidence: float | None
+    """That the leading answer is right; None where nothing says."""
     posterior: tuple[float, ...]
     gain: float = 0.0
     """In P(right), expected of the option."""

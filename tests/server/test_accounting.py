@@ -214,7 +214,7 @@ async def test_no_overspend_in_a_thousand_random_requests(server):
             if (
                 spent > budget.get("tokens", spent)
                 or calls - asked(run) > budget.get("samples", calls)
-                or run["timings"]["total_seconds"] > budget.get("seconds", 60) + 1.0  # busy cores
+                or run["timings"]["total_seconds"] > budget.get("seconds", 60) + 0.5
             ):
                 over.append((kind, fields, budget, run["usage"], run["timings"]))
 

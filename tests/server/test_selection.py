@@ -7,10 +7,11 @@ import pytest
 from starlette.datastructures import Headers
 
 from server.selection import choose as choose_from
-from server.selection import from_xargs, owner
+from server.selection import from_xargs, owner, uncalibrated
 from server.settings import Settings
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
+from tests.strategies.test_calibration import calibration
 
 MODELS = {"tiny", "org/model:latest"}
 CHAT = "/v1/chat/completions"
@@ -267,3 +268,18 @@ def test_an_unknown_effort_is_refused_by_name():
     with pytest.raises(InvalidRequest, match="low, high") as wrong:
         choose(ASKED | {"reasoning_effort": "extreme"}, {"tiny"})
     assert wrong.value.field == "reasoning_effort"
+
+
+def test_a_moved_alias_takes_the_calibration_away_and_what_needs_one_is_refused():
+    _, selection = choose(ASKED | {"strategy": "compute_optimal"}, {"tiny"})
+    assert selection is not None
+    selection.calibration = calibration()
+    uncalibrated(selection)
+    assert selection.calibration is None
+    sure = {"kind": "compute_optimal", "min_confidence": 0.5}
+    _, selection = choose(ASKED | {"strategy": sure}, {"tiny"})
+    assert selection is not None
+    selection.calibration = calibration()
+    with pytest.raises(InvalidRequest) as wrong:
+        uncalibrated(selection)
+    assert wrong.value.field == "strategy.min_confidence"

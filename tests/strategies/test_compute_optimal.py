@@ -4,6 +4,7 @@ import pytest
 
 from strategies.compute_optimal import ComputeOptimal
 from strategies.core.budget import Limits
+from strategies.core.errors import BudgetSpent
 from strategies.core.events import Chosen, Planned, Sampled
 from strategies.core.testing import FakeEngine, FakeVerifier, context
 from strategies.core.types import Problem
@@ -112,3 +113,18 @@ async def test_without_a_calibration_it_votes_and_says_so():
 def test_abstaining_above_what_is_aimed_at_is_refused():
     with pytest.raises(ValueError, match="min_confidence"):
         ComputeOptimal(target_confidence=0.6, min_confidence=0.7)
+
+
+async def test_what_nobody_judged_has_no_vote_and_no_confidence():
+    class Broke(FakeVerifier):
+        async def judge(self, problem, candidates, ctx):
+            raise BudgetSpent("no tokens are left for it")
+
+    outcome, plans, *_ = await solved(
+        AGREED, ComputeOptimal(min_confidence=0.1), verifier=Broke(lambda text: 1.0)
+    )
+    assert outcome.chosen.answer == "3"
+    assert outcome.votes == outcome.scores == {}
+    assert outcome.confidence is None
+    assert outcome.abstained
+    assert "before anything was judged" in plans[-1].why
