@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from strategies.compute_optimal import ComputeOptimal
 from strategies.core.budget import Limits
 from strategies.core.context import LATE_SECONDS
 from strategies.core.errors import EngineUnavailable, NoCandidate, VerifierFailed
@@ -33,6 +34,7 @@ from strategies.core.strategy import Strategy
 from strategies.core.testing import FakeEngine, FakeVerifier, context
 from strategies.core.types import Candidate, Generation, Outcome, Problem
 from strategies.registry import ANY_STRATEGY, STRATEGIES
+from tests.strategies.test_calibration import calibration
 
 T = TypeVar("T")
 
@@ -230,6 +232,8 @@ class Watched:
             answer_format=strategy.answer,
             clock=self.loop.time,
         )
+        if isinstance(strategy, ComputeOptimal) and strategy.judged_by():
+            self.ctx.calibration = calibration("weighted")  # without one, nobody judges
         self.record = self.ctx.emit
         self.ctx.emit = self.watch
 
