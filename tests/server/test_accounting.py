@@ -228,7 +228,7 @@ async def test_five_hundred_at_once_are_answered_or_told_to_come_again(server):
     body: dict[str, Any] = {
         "model": "mull-tiny",
         "messages": [{"role": "user", "content": QUESTIONS[0]}],
-        "max_tokens": 60,
+        "max_tokens": 30,
         "temperature": 1.0,
     }
     searched = body | {"strategy": {"kind": "self_consistency", "n": 4, "early_stop": "never"}}

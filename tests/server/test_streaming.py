@@ -76,7 +76,8 @@ def test_a_silent_stream_has_heartbeats(serve, tmp_path):
         serve(tmp_path / "log", MULL_HEARTBEAT_SECONDS="0.05") as served,
         httpx.Client(base_url=served.url, timeout=120) as client,
     ):
-        asked = BODY | RAMBLE | {"strategy": VOTE | {"n": 16}, "stream": True}
+        asked = BODY | RAMBLE | {"strategy": VOTE, "stream": True, "min_tokens": 300}
+        asked["max_tokens"] = 300
         lines = client.post(CHAT, json=asked).text.splitlines()
         first = next(at for at, line in enumerate(lines) if line.startswith("data: "))
         assert lines[:first].count(": mull") >= 3
