@@ -43,7 +43,7 @@ class Recipe:
     adam_rate: float = 2e-3
     warm_up: int = 30
     decay: float = 0.6
-    temperature: float = 0.8
+    temperature: float = 0.6
     processes: int = 2
     verified: float = 0.4
     """The share of sequences that are to be judged, not imitated."""
