@@ -7,6 +7,7 @@ import sys
 from bench import (
     accuracy,
     model,
+    optimal,
     overhead,
     overoptimise,
     search,
@@ -19,6 +20,7 @@ from bench import (
 _BENCHES = (
     accuracy,
     search,
+    optimal,
     tradeoff,
     overoptimise,
     model,

@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -30,7 +31,16 @@ from rich.table import Table
 
 from bench.plot import panels
 from bench.serving import ask_all, bar, server
-from bench.stats import auc, best_at, majority_at, mean, pass_at, standard_error
+from bench.stats import (
+    auc,
+    best_at,
+    calibration_error,
+    majority_at,
+    mean,
+    pass_at,
+    standard_error,
+    tenths,
+)
 from finetune.tiny.countdown import value_of
 from finetune.tiny.problems import FAMILIES, exam, grade
 from finetune.tiny.solution import Family, Item, boxed, judged
@@ -90,10 +100,10 @@ def run(options: argparse.Namespace) -> None:
         for temperature, samples in sampled.items()
         for family, steps, chosen in _groups(items)
     ]
-    bins = _calibration([one for of in sampled.values() for samples in of for one in samples])
+    bins = tenths(_said([one for of in sampled.values() for samples in of for one in samples]))
     figures = {
         "calibration": bins,
-        "calibration_error": _distance(bins),
+        "calibration_error": calibration_error(bins),
         "seed": options.seed,
         "samples": options.samples,
         "seconds": time.monotonic() - started,
@@ -101,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     }
     _show(rows, options.samples)
     if bins:
-        Console().print(f"calibration error of the verifier: {_distance(bins):.3f}")
+        Console().print(f"calibration error of the verifier: {calibration_error(bins):.3f}")
     if options.plot:
         _plot(bins, options.plot)
     if options.json:
@@ -243,23 +253,11 @@ def _measures(greedy: list[list[Sample]], sampled: list[list[Sample]]) -> dict[s
     }
 
 
-def _calibration(samples: list[Sample]) -> list[tuple[int, float, float]]:
-    """By tenth of the verifier's score: lines, their mean score, and the share that is right."""
-    tenths: list[list[tuple[float, bool]]] = [[] for _ in range(10)]
+def _said(samples: list[Sample]) -> Iterator[tuple[float, bool]]:
+    """The verifier's score of each line up to the first wrong one, and whether it is right."""
     for sample in samples:
         wrong = sample.good.index(False) if False in sample.good else len(sample.good)
-        for score, good in zip(sample.verifier[: wrong + 1], sample.good, strict=False):
-            tenths[min(9, int(10 * score))].append((score, good))
-    return [
-        (len(tenth), mean([score for score, _ in tenth]), mean([float(good) for _, good in tenth]))
-        for tenth in tenths
-        if tenth
-    ]
-
-
-def _distance(bins: list[tuple[int, float, float]]) -> float | None:
-    lines = sum(count for count, _, _ in bins)
-    return sum(count * abs(said - right) for count, said, right in bins) / lines if lines else None
+        yield from zip(sample.verifier[: wrong + 1], sample.good, strict=False)
 
 
 def _plot(bins: list[tuple[int, float, float]], path: str) -> None:

@@ -16,11 +16,9 @@ over problems that were asked one at a time. `cached`: of beam search after so m
 import argparse
 import asyncio
 import json
-import math
 import random
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from rich.table import Table
 from bench import bare
 from bench.plot import panels
 from bench.serving import ask_all, bar, server
-from bench.stats import mean, median, standard_error
+from bench.stats import mean, median, shares, standard_error
 from finetune.tiny.problems import FAMILIES, draw, exam, grade
 from finetune.tiny.solution import Item, solution
 
@@ -286,7 +284,7 @@ def _equal_tokens(
             for family, chosen in groups(items):
                 curve = [[answered[f"best-of-{n} by {name}"][at] for at in chosen] for n in NS]
                 mine = [answered[search][at] for at in chosen]
-                weights = _shares([_tokens(one) for one in curve], _tokens(mine))
+                weights = shares([_tokens(one) for one in curve], _tokens(mine))
                 points = [
                     100.0
                     * (own.right - sum(w * one.right for w, one in zip(weights, at, strict=True)))
@@ -306,21 +304,6 @@ def _equal_tokens(
 
 def _tokens(answers: list[Answered]) -> float:
     return mean([float(one.tokens) for one in answers])
-
-
-def _shares(curve: list[float], tokens: float) -> list[float]:
-    """How much of each of two neighbours on an ascending curve makes `tokens`, in their logarithm.
-
-    Outside of the curve it is its nearest end.
-    """
-    shares = [0.0] * len(curve)
-    if tokens <= curve[0] or tokens >= curve[-1]:
-        shares[0 if tokens <= curve[0] else -1] = 1.0
-        return shares
-    at = next(at for at, (_, high) in enumerate(pairwise(curve)) if tokens <= high)
-    part = math.log(tokens / curve[at]) / math.log(curve[at + 1] / curve[at])
-    shares[at], shares[at + 1] = 1 - part, part
-    return shares
 
 
 def _pace(paced: dict[str, list[Answered]], verifiers: dict[str, Any]) -> list[dict[str, Any]]:

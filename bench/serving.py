@@ -21,7 +21,9 @@ Answered = TypeVar("Answered")
 
 
 @contextlib.contextmanager
-def server(url: str | None, path: str | None, flags: Sequence[str] = ()) -> Iterator[str]:
+def server(
+    url: str | None, path: str | None, flags: Sequence[str] = (), **environment: str
+) -> Iterator[str]:
     """The base URL of `url`, or of a server started with `flags` and ended afterwards."""
     if url is not None:
         yield url.rstrip("/")
@@ -45,7 +47,11 @@ def server(url: str | None, path: str | None, flags: Sequence[str] = ()) -> Iter
         ]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=log, stderr=log, start_new_session=True
+            [*command, "--port", str(port)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | environment,
         )
         base = f"http://127.0.0.1:{port}"
         try:

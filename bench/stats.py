@@ -3,7 +3,8 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import comb
 
 
@@ -83,3 +84,36 @@ def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
         ranks += middle * sum(positive[order[place]] for place in range(at, end))
         at = end
     return (ranks - ups * (ups + 1) / 2) / (ups * downs)
+
+
+def tenths(said: Iterable[tuple[float, bool]]) -> list[tuple[int, float, float]]:
+    """By tenth of what was said: how many, what was said in the mean, and how often it was so."""
+    parts: list[list[tuple[float, bool]]] = [[] for _ in range(10)]
+    for score, so in said:
+        parts[min(9, int(10 * score))].append((score, so))
+    return [
+        (len(part), mean([score for score, _ in part]), mean([float(so) for _, so in part]))
+        for part in parts
+        if part
+    ]
+
+
+def calibration_error(parts: Sequence[tuple[int, float, float]]) -> float | None:
+    """Expected, of `tenths`; None without any."""
+    total = sum(count for count, _, _ in parts)
+    return sum(count * abs(said - so) for count, said, so in parts) / total if total else None
+
+
+def shares(curve: Sequence[float], tokens: float) -> list[float]:
+    """How much of each of two neighbours on an ascending curve makes `tokens`, in their logarithm.
+
+    Outside of the curve it is its nearest end.
+    """
+    found = [0.0] * len(curve)
+    if tokens <= curve[0] or tokens >= curve[-1]:
+        found[0 if tokens <= curve[0] else -1] = 1.0
+        return found
+    at = next(at for at, (_, high) in enumerate(pairwise(curve)) if tokens <= high)
+    part = math.log(tokens / curve[at]) / math.log(curve[at + 1] / curve[at])
+    found[at], found[at + 1] = 1 - part, part
+    return found

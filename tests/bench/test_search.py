@@ -2,9 +2,10 @@
 
 import pytest
 
-from bench.model import Sample, _calibration, _distance
+from bench.model import Sample, _said
 from bench.overoptimise import _chosen, _measured
-from bench.search import _shares
+from bench.stats import calibration_error, tenths
+from bench.stats import shares as shares_of
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from bench.search import _shares
     ],
 )
 def test_a_place_on_the_curve_is_between_its_neighbours(tokens: float, shares: list[float]):
-    assert _shares([100, 200, 800], tokens) == pytest.approx(shares)
+    assert shares_of([100, 200, 800], tokens) == pytest.approx(shares)
 
 
 CANDIDATES = [(0.9, 1.0, False, "1"), (0.5, 0.5, True, "2"), (0.5, 0.0, True, "2")]
@@ -43,7 +44,7 @@ def test_calibration_stops_at_the_first_wrong_line():
         likelihood=[1, 1, 1],
         verifier=[0.95, 0.95, 0.05],
     )
-    [(lines, said, right)] = _calibration([sample])
+    [(lines, said, right)] = tenths(_said([sample]))
     assert (lines, said, right) == (2, pytest.approx(0.95), 0.5)
-    assert _distance([(2, 0.95, 0.5)]) == pytest.approx(0.45)
-    assert _distance([]) is None
+    assert calibration_error([(2, 0.95, 0.5)]) == pytest.approx(0.45)
+    assert calibration_error([]) is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -138,16 +139,28 @@ def test_what_cannot_be_kept_step_by_step_is_refused(
 
 @pytest.mark.slow
 def test_over_tokens_it_finds_what_transformers_finds(client: httpx.Client):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(MULL_TINY)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MULL_TINY, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(MULL_TINY, dtype=torch.float32)
     width = 3
-    for item in exam(11, 25):
-        turns = [{"role": "user", "content": item.prompt}]
-        prompt = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt"
-        )["input_ids"]
+    turns = [[{"role": "user", "content": item.prompt}] for item in exam(11, 25)]
+
+    def search(messages: list[dict[str, str]]) -> dict[str, Any]:
+        asked = {"model": "mull-tiny", "messages": messages, "max_tokens": 200}
+        asked |= {"level": "token", "width": width}
+        return client.post("/v1/strategies/beam_search", json=asked, timeout=300).json()
+
+    with ThreadPoolExecutor(max_workers=10) as threads:
+        found = list(threads.map(search, turns))
+    for first in range(0, len(turns), 10):
+        prompts = tokenizer.apply_chat_template(
+            turns[first : first + 10],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
         expected = model.generate(
-            prompt,
+            **prompts,
             num_beams=width,
             num_return_sequences=width,
             do_sample=False,
@@ -155,25 +168,15 @@ def test_over_tokens_it_finds_what_transformers_finds(client: httpx.Client):
             return_dict_in_generate=True,
             output_scores=True,
         )
-        found = client.post(
-            "/v1/strategies/beam_search",
-            json={
-                "model": "mull-tiny",
-                "messages": turns,
-                "max_tokens": 200,
-                "level": "token",
-                "width": width,
-            },
-        ).json()
-        ours = sorted(found["candidates"], key=lambda one: -(one["score"] or -1e9))
-        texts = tokenizer.batch_decode(
-            expected.sequences[:, prompt.shape[1] :], skip_special_tokens=True
-        )
+        written = expected.sequences[:, prompts["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         scores = expected.sequences_scores.tolist()
-        for one, text, score in zip(ours, texts, scores, strict=False):
-            assert one["text"] == text
-            assert one["score"] == pytest.approx(score, abs=1e-3)
-        assert found["text"] == texts[0]
+        for at, one in enumerate(found[first : first + 10]):
+            theirs = slice(width * at, width * (at + 1))
+            ours = sorted(one["candidates"], key=lambda of: -(of["score"] or -1e9))[:width]
+            assert [of["text"] for of in ours] == texts[theirs]
+            assert [of["score"] for of in ours] == pytest.approx(scores[theirs], abs=1e-3)
+            assert one["text"] == texts[width * at]
 
 
 def test_over_tokens_of_width_one_it_is_greedy(client: httpx.Client):
