@@ -33,7 +33,10 @@ _LONGEST_ID = 512
 class ChatReader(Protocol):
     """Reads chat requests as the server of the model does."""
 
-    fields: Collection[str]
+    @property
+    def fields(self) -> Collection[str]:
+        """What a chat request may hold."""
+        ...
 
     def read(self, body: JSON) -> object:
         """Raises `InvalidRequest` where the body is none."""

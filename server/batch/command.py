@@ -84,11 +84,11 @@ def run(options: argparse.Namespace, key: SecretStr | None) -> int:
 
 def _model(asked: Sequence[Row], named: str | None) -> str:
     """The one model of all lines."""
-    names = {row.body["model"] for row in asked if "model" in row.body} | (
-        set() if named is None else {named}
-    )
+    names = {str(row.body["model"]) for row in asked if "model" in row.body}
+    if named is not None:
+        names.add(named)
     if len(names) != 1:
-        found = ", ".join(sorted(map(str, names))) or "none: name it with --model"
+        found = ", ".join(sorted(names)) or "none: name it with --model"
         raise Unusable(f"a batch is of one model, and the lines and --model name {found}")
     return names.pop()
 
@@ -227,7 +227,7 @@ async def _closed(client: httpx.AsyncClient, output: Output, name: str) -> None:
 
 def _take(said: JSON, output: Output, failed: dict[str, str]) -> None:
     """Write an answer, and a refusal that would come again; the rest is for another run."""
-    status, error = said["response"]["status_code"], said["error"] or {}
+    status, error = said["response"]["status_code"], as_object(said["error"]) or {}
     if status == 429 or status >= 500 or error.get("code") in _AGAIN:
         failed[said["custom_id"]] = error.get("message", "")
         return

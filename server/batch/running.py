@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import Request
 from starlette.responses import Response
@@ -17,7 +17,7 @@ from server.batch.asked import Asked, Line
 from server.errors import shape, status_of
 from server.reply import exact, mull_field
 from server.selection import SELECTION, owner
-from server.wire import JSON
+from server.wire import JSON, as_object
 from strategies.core.aio import Arrivals, Background
 from strategies.core.budget import Budget
 from strategies.core.errors import MullError, NotFound
@@ -149,9 +149,9 @@ def result(line: Line, status: int, body: JSON) -> JSON:
     """A line of a batch's output, as OpenAI writes them; a failure stands in `error` as well."""
     runs = line.selection.runs
     name = runs[-1].id if runs else line.custom_id
-    failure: Any = None
+    failure: JSON | None = None
     if status != 200:
-        said = body.get("error") or {}
+        said = as_object(body.get("error")) or {}
         failure = {"code": str(said.get("type") or status), "message": said.get("message") or ""}
     return {
         "id": f"batch_req_{name}",

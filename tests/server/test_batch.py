@@ -20,13 +20,13 @@ PATH = "/v1/strategies/compute_optimal/batch"
 PROMPTS = [one.prompt for one in exam(11, 24, ("word",))]
 
 
-def lines(n: int, **more: Any) -> list[dict[str, Any]]:
+def lines(count: int, **more: Any) -> list[dict[str, Any]]:
     return [
         {
             "custom_id": f"p{at}",
             "body": {"messages": [{"role": "user", "content": PROMPTS[at]}]} | more,
         }
-        for at in range(n)
+        for at in range(count)
     ]
 
 

@@ -307,7 +307,7 @@ async def test_tokens_go_where_samples_differ():
     )
     assert [engine.calls for engine in engines[:6]] == [2] * 6
     assert [engine.calls for engine in engines[6:]] == [8] * 2
-    assert [one.stopped for one in found] == ["decided"] * 8
+    assert [isinstance(one, Outcome) and one.stopped for one in found] == ["decided"] * 8
     assert plans[7][0].why == "no other prompt gains more for its tokens"
     assert plans[0][-1].why == "nothing gains anything"
     assert market.budget.spent <= 400
@@ -315,10 +315,12 @@ async def test_tokens_go_where_samples_differ():
 
 async def test_a_short_budget_refuses_who_gains_less_and_says_so():
     found, plans, *_ = await solved([SPLIT] * 5, limits=Limits(tokens=90))
-    refused = [at for at in range(5) if found[at].stopped == "exhausted"]
+    outcomes = [one for one in found if isinstance(one, Outcome)]
+    assert len(outcomes) == 5
+    refused = [at for at, one in enumerate(outcomes) if one.stopped == "exhausted"]
     assert refused
     assert all("other prompts" in plans[at][-1].why for at in refused)
-    assert all(one.chosen.answer for one in found)
+    assert all(one.chosen.answer for one in outcomes)
 
 
 @pytest.mark.parametrize("tokens", [8, 11, 17, 40, 64, 200])
