@@ -11,10 +11,20 @@ from strategies.core.errors import Busy
 from strategies.core.types import Chunk, Generation, Labels, Turn
 
 
+class Place:
+    """Where a request stands in the queue; the prompts of a batch stand in one."""
+
+    def __init__(self) -> None:
+        self.tag = 0.0
+        """Of the candidate that it asked for last."""
+
+
 class Admission:
     """Changes only between awaits, so it needs no lock."""
 
     def __init__(self, *, requests: int, candidates: int) -> None:
+        self.slots = candidates
+        """Candidates that may run at once."""
         self._most = requests
         self._gate = Gate(candidates)
         self._typical = 1.0
@@ -40,15 +50,27 @@ class Admission:
             )
 
     @contextmanager
-    def admit(self, engine: Engine) -> Generator[Engine]:
-        """The engine as one request may use it: each of its sequences waits for a slot."""
+    def enter(self) -> Generator[Place]:
+        """Count a request while the block lasts."""
         self.requests += 1
         began = monotonic()
         try:
-            yield Admitted(engine, self._gate)
+            yield Place()
         finally:
             self.requests -= 1
             self._typical += 0.1 * (monotonic() - began - self._typical)
+
+    @contextmanager
+    def admit(self, engine: Engine, place: Place | None = None) -> Generator[Engine]:
+        """The engine as one request may use it: each of its sequences waits for a slot.
+
+        With the `place` of a request that is counted already, it stands there.
+        """
+        if place is not None:
+            yield Admitted(engine, self._gate, place)
+            return
+        with self.enter() as place:
+            yield Admitted(engine, self._gate, place)
 
 
 class Gate:
@@ -96,10 +118,10 @@ class Gate:
 class Admitted:
     """An `Engine` behind the gate, for one request."""
 
-    def __init__(self, engine: Engine, gate: Gate) -> None:
+    def __init__(self, engine: Engine, gate: Gate, place: Place) -> None:
         self._engine = engine
         self._gate = gate
-        self._tag = 0.0
+        self._place = place
         self._asking: dict[int, asyncio.Future[bool]] = {}
         self._ended: set[int] = set()
 
@@ -114,7 +136,7 @@ class Admitted:
                 async for chunk in chunks:
                     yield chunk
             return
-        self._tag, given = self._gate.ask(self._tag)
+        self._place.tag, given = self._gate.ask(self._place.tag)
         self._asking[index] = given
         try:
             admitted = await given

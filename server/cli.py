@@ -4,8 +4,13 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import SecretStr
 
 from server.adapters import command
+from server.batch import command as batch
 from server.calibration import command as calibrate
 from server.local.defaults import environment
 from server.settings import Settings
@@ -31,8 +36,9 @@ MULL_HEARTBEAT_SECONDS (10), MULL_KEPT_TRACES (256), MULL_RUN_CODE (false), MULL
 directory that keeps runs on disk, to be learned from), MULL_MAX_TRACES_BYTES (1073741824),
 MULL_ADAPTERS (the registry's directory; it sets --enable-lora, --max-loras 4 and
 --max-cpu-loras 32), MULL_ADAPTER_IMPORTS (where adapters are taken in from),
-MULL_MAX_ADAPTER_BYTES (2147483648), MULL_ADMIN_KEY (who sends it may change adapters); and all of
-vLLM's.
+MULL_MAX_ADAPTER_BYTES (2147483648), MULL_ADMIN_KEY (who sends it may change adapters),
+MULL_CALIBRATIONS (a directory of what `mull calibrate` has written), MULL_MAX_BATCH_PROMPTS (1000);
+and all of vLLM's.
 """
 
 
@@ -54,6 +60,10 @@ def main() -> None:
         "calibrate", help="learn what search buys on a model, from your own problems"
     )
     calibrate.arguments(calibrating)
+    batching = commands.add_parser(
+        "batch", help="answer a file of prompts under one budget, spent where it gains most"
+    )
+    batch.arguments(batching)
     options, rest = parser.parse_known_args()
     if options.command == "doctor":
         if rest:
@@ -64,20 +74,29 @@ def main() -> None:
     if options.command == "adapters":
         if rest:
             parser.error(f"adapters does not know: {' '.join(rest)}")
-        sys.exit(_adapters(options))
+        sys.exit(_keyed(command.run, options, "admin_key"))
     if options.command == "calibrate":
         if rest:
             parser.error(f"calibrate does not know: {' '.join(rest)}")
         sys.exit(calibrate.run(options))
+    if options.command == "batch":
+        if rest:
+            parser.error(f"batch does not know: {' '.join(rest)}")
+        sys.exit(_keyed(batch.run, options, "api_key"))
     if rest[:1] in (["--help"], ["-h"]):
         print(_SERVE_HELP, end="")
         return
     sys.exit(_serve(rest))
 
 
-def _adapters(options: argparse.Namespace) -> int:
+def _keyed(
+    run: Callable[[argparse.Namespace, SecretStr | None], int],
+    options: argparse.Namespace,
+    key: Literal["admin_key", "api_key"],
+) -> int:
+    """Run a command that sends a key of the settings."""
     try:
-        return command.run(options, Settings.read().admin_key)
+        return run(options, getattr(Settings.read(), key))
     except ValueError as error:
         print(f"mull: {error}", file=sys.stderr)
         return 2

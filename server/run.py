@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from server.admission import Place
 from server.trace import Detail, Trace, Usage
 from server.wire import JSON
 from strategies.core.answers import Answers
@@ -13,6 +14,7 @@ from strategies.core.context import Context, Reader, Verifier
 from strategies.core.engine import Engine, Remote
 from strategies.core.errors import MullError
 from strategies.core.events import Event, Failed
+from strategies.core.market import Bidder
 from strategies.core.sandbox import Sandbox
 from strategies.core.strategy import Strategy
 from strategies.core.types import Outcome, Problem
@@ -49,6 +51,7 @@ class Run:
             read=selection.read,
             remote=remote,
             calibration=selection.calibration,
+            bidder=selection.bidder,
         )
 
     async def solve(self) -> Outcome:
@@ -101,6 +104,10 @@ class Selection:
     """Whom the client says it asks for; it stands in the trace."""
     calibration: Calibration | None = None
     """What is known of the model, for strategies that plan."""
+    bidder: Bidder | None = None
+    """Of a prompt in a batch, who asks for its part of the budget."""
+    place: Place | None = None
+    """Where the batch stands among all requests, which has been admitted."""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     """By the name of an adapter in the strategy, the version that serves this request."""
     read: Reader | None = None

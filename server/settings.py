@@ -58,6 +58,9 @@ class Settings(BaseModel):
     max_running_candidates: int | None = Field(
         default=None, ge=1, description="Candidates at once; unset: the engine's max_num_seqs."
     )
+    max_batch_prompts: int = Field(
+        default=1000, ge=1, le=100_000, description="Prompts of a batch that share a budget."
+    )
     heartbeat_seconds: float = Field(
         default=10.0, gt=0, le=3600, description="Longest silence of a stream."
     )
@@ -89,6 +92,9 @@ class Settings(BaseModel):
         default=None,
         min_length=8,
         description="Who sends it may change adapters; unset: nobody.",
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="What `mull batch` sends to a server that wants a key."
     )
     adapter_gate: dict[str, Rule] = Field(
         default_factory=dict[str, Rule],

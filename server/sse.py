@@ -51,7 +51,7 @@ class EventStream(Response):
         """Serve the stream."""
         heard: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
         started = False
-        async with Background(self._pump(heard)), Background(_gone(receive)) as leaving:
+        async with Background(self._pump(heard)), Background(gone(receive)) as leaving:
             leaving.add_done_callback(lambda _: heard.put_nowait(None))
             while not leaving.done():
                 try:
@@ -86,6 +86,7 @@ class EventStream(Response):
         heard.put_nowait(None)
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Wait until the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

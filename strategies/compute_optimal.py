@@ -6,10 +6,11 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, TypeAdapter, model_validator
 
 from strategies.beam_search import BeamSearch
-from strategies.core.calibration import Ballot, Calibration, Plan, plan, votes
+from strategies.core.calibration import Ballot, Calibration, Outlook, Plan, outlook, plan, votes
 from strategies.core.context import Context
 from strategies.core.errors import BudgetSpent, MullError, NoCandidate
 from strategies.core.events import Planned
+from strategies.core.market import Bidder, Offer, Probe
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.self_consistency import SelfConsistency
@@ -21,6 +22,9 @@ SEARCH: TypeAdapter[BeamSearch | TreeOfThoughts] = TypeAdapter(BeamSearch | Tree
 _USUAL = 16
 """Samples whose price holds where no budget says another."""
 
+_AT_MOST = 3
+"""A search that is granted tokens has this many times what it takes in the mean."""
+
 
 class ComputeOptimal(Strategy, frozen=True):
     """Draw a few samples, estimate how hard the problem is, and go on while it pays.
@@ -31,6 +35,9 @@ class ComputeOptimal(Strategy, frozen=True):
     more P(right) than its tokens are worth; their price is what accuracy costs at the end of the
     budget with a fixed number of samples. With `target_confidence`, it goes on until that is
     reached. All samples and what a search finds vote together. The plan stands in the reply.
+
+    In a batch there is no such price: an option is taken when no other prompt's gains more per
+    token of what is left of the batch's budget.
 
     Without a calibration of this model and verifier: self-consistency of up to 16 samples, ended
     when the Beta posterior of the two leading answers is 0.95 sure; the reply says so.
@@ -80,6 +87,9 @@ class ComputeOptimal(Strategy, frozen=True):
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Probe, plan, spend, until nothing more pays."""
+        bidder = ctx.bidder
+        if bidder is not None and (bidder.equal or ctx.calibration is None):
+            ctx.budget, bidder = await bidder.share(), None
         if ctx.calibration is None:
             why = "no calibration of this model and verifier: votes until 0.95 sure, 16 at most"
             ctx.emit(Planned(samples=0, option=str(min(self.n, _USUAL)), why=why))
@@ -89,43 +99,55 @@ class ComputeOptimal(Strategy, frozen=True):
                 n=min(self.n, _USUAL), early_stop="confidence", answer=self.answer
             )
             return await usual.solve(problem, ctx)
-        return await _Search(self, problem, ctx, ctx.calibration).run()
+        return await _Search(self, problem, ctx, ctx.calibration, bidder).run()
 
 
 class _Search:
     """One run: what there is so far, and what it looks like."""
 
     def __init__(
-        self, strategy: ComputeOptimal, problem: Problem, ctx: Context, calibration: Calibration
+        self,
+        strategy: ComputeOptimal,
+        problem: Problem,
+        ctx: Context,
+        calibration: Calibration,
+        bidder: Bidder | None,
     ) -> None:
         self._strategy = strategy
         self._problem = problem
         self._ctx = ctx
         self._calibration = calibration
+        self._bidder = bidder
         self._candidates: list[Candidate] = []
         self._scores: dict[int, float] = {}
         self._answers: list[str] = []
         self._places: dict[int, int] = {}
         """By candidate, which of the answers it gives."""
+        self._refused = False
+        """Whether other prompts had what would still have gained something."""
         budget = ctx.budget
         tokens = budget.left
         if tokens is None and budget.samples_left is not None:
             tokens = budget.samples_left * self._per_sample()
         if tokens is None:
             tokens = _USUAL * self._per_sample()
-        self._price = calibration.price(tokens)
+        self._price = calibration.price(tokens) if bidder is None else 0.0
 
     async def run(self) -> Outcome:
         """To the end."""
         strategy, ctx = self._strategy, self._ctx
         wanted = min(self._calibration.stages[0].samples, strategy.n)
+        if self._bidder is not None:
+            most = self._dearest(1)
+            probe = Probe(samples=wanted, tokens=self._per_sample(), most=most)
+            wanted, ctx.budget = await self._bidder.probe(probe)
         while True:
             short = not await self._draw(wanted - len(self._candidates))
-            decision = self._planned(over=short)
+            decision = await self._decided(over=short)
             if decision.option is None:
                 break
             if not decision.option.isdigit():
-                await self._search(decision.option)
+                short = not await self._search(decision.option)
                 decision = self._planned(over=True)
                 break
             wanted = self._calibration.advanced(wanted, int(decision.option))
@@ -141,7 +163,7 @@ class _Search:
         return await ctx.choose(
             self._problem,
             sorted(self._candidates, key=badness),
-            decided=decision.option is None and not short,
+            decided=not short and not self._refused,
             scores=self._scores,
             votes={self._answers[place]: weight for place, weight in counted.items()},
             confidence=sure,
@@ -182,8 +204,11 @@ class _Search:
         }
         return True
 
-    async def _search(self, name: str) -> None:
-        """A search by the calibration's name; what it ends with votes with the samples."""
+    async def _search(self, name: str) -> bool:
+        """A search by the calibration's name; what it ends with votes with the samples.
+
+        Whether the budget let it come to its end.
+        """
         search = SEARCH.validate_python(
             self._calibration.searches[name]
             | {"verifier": self._calibration.verifier, "answer": self._strategy.answer}
@@ -191,9 +216,95 @@ class _Search:
         try:
             outcome = await search.solve(self._problem, self._ctx.inner())
         except (NoCandidate, BudgetSpent):
-            return
+            return False
         self._scores |= outcome.scores
-        await self._add(outcome.candidates)
+        judged = await self._add(outcome.candidates)
+        return judged and outcome.stopped not in ("exhausted", "deadline")
+
+    async def _decided(self, *, over: bool) -> Plan:
+        """What to do next, if those who share the budget leave it to this prompt."""
+        bidder, ctx, goal = self._bidder, self._ctx, self._strategy.target_confidence
+        if bidder is None or over or not (ballots := self._ballots()):
+            return self._planned(over=over)
+        first = min(self._calibration.stages[0].samples, self._strategy.n)
+        if len(ballots) < first:
+            return await self._completed(bidder, first)
+        seen = outlook(
+            self._calibration,
+            ballots,
+            prompt_tokens=len(self._problem.token_ids),
+            most=self._strategy.n,
+        )
+        enough = goal is not None and seen.confidence >= goal
+        offers = [] if enough else self._offers(seen)
+        granted = await bidder.step(offers)
+        decision = Plan(None, seen.confidence, seen.posterior)
+        if granted is not None:
+            grant, ctx.budget = granted
+            gain, tokens = next((g, t) for name, g, t in seen.options if name == grant.option)
+            decision = Plan(grant.option, seen.confidence, seen.posterior, gain, tokens)
+            why = "no other prompt gains more for its tokens"
+        elif offers:
+            why = self._turned_away()
+        else:
+            why = "as sure as asked for" if enough else "nothing gains anything"
+        self._record(decision, why)
+        return decision
+
+    async def _completed(self, bidder: Bidder, first: int) -> Plan:
+        """Go on to as many samples as something is known of; so far, nobody knows how sure it is.
+
+        They gain what a fixed number of samples would.
+        """
+        have, each = len(self._candidates), self._per_sample()
+        more, tokens = first - have, (first - have) * each
+        offer = Offer(
+            option=str(first),
+            gain=max(1e-9, tokens * self._calibration.price(have * each)),
+            tokens=tokens,
+            step=tokens,
+            most=self._dearest(more),
+            samples=more,
+        )
+        granted = await bidder.step([offer])
+        if granted is None:
+            self._ctx.emit(Planned(samples=have, option=None, why=self._turned_away()))
+            return Plan(None, None, ())
+        self._ctx.budget = granted[1]
+        why = "too few samples to say anything"
+        self._ctx.emit(Planned(samples=have, option=offer.option, why=why))
+        return Plan(offer.option, None, (), offer.gain, tokens)
+
+    def _turned_away(self) -> str:
+        """Remember that there was more to gain, and say why it was not to be."""
+        self._refused = True
+        seconds = self._ctx.budget.seconds_left
+        if seconds is not None and seconds <= 0:
+            self._ctx.fell_short("deadline")
+            return "the time is over"
+        self._ctx.fell_short("exhausted")
+        return "what is left gains more with other prompts"
+
+    def _offers(self, seen: Outlook) -> list[Offer]:
+        """What would gain something, with what it costs until the samples are looked at again."""
+        have, offers = len(self._candidates), list[Offer]()
+        for option, gain, tokens in seen.options:
+            if gain <= 0:
+                continue
+            step, most, more = tokens, int(_AT_MOST * tokens) + 1, 0
+            if option.isdigit():
+                more = self._calibration.advanced(have, int(option)) - have
+                step = tokens * more / max(1, int(option) - have)
+                most = self._dearest(more)
+            offers.append(
+                Offer(option=option, gain=gain, tokens=tokens, step=step, most=most, samples=more)
+            )
+        return offers
+
+    def _dearest(self, samples: int) -> int:
+        """Tokens that samples may take at most, those set aside for judging them included."""
+        room = self._problem.max_tokens
+        return samples * (room + self._ctx.aside(room))
 
     def _planned(self, *, over: bool) -> Plan:
         """What to do next; nothing if it is over. It goes on record."""
@@ -222,6 +333,10 @@ class _Search:
             why = "as sure as asked for"
         else:
             why = "nothing more can be had" if over or late else "nothing gains what it would cost"
+        self._record(decision, why)
+        return decision
+
+    def _record(self, decision: Plan, why: str) -> None:
         self._ctx.emit(
             Planned(
                 samples=len(self._candidates),
@@ -234,7 +349,6 @@ class _Search:
                 price=decision.price,
             )
         )
-        return decision
 
     def _ballots(self) -> list[Ballot]:
         """What nobody judged, where there is a judge, has no vote: a missing score is no number."""

@@ -92,6 +92,17 @@ class Chat:
     fields = frozenset(ChatCompletionRequest.model_fields)
     """What a chat request may hold."""
 
+    def read(self, body: dict[str, Any]) -> ChatCompletionRequest:
+        """A body as vLLM reads it.
+
+        Raises:
+            InvalidRequest: It is no chat request.
+        """
+        try:
+            return ChatCompletionRequest.model_validate(body)
+        except ValidationError as error:
+            raise refusal(error, inside="") from error
+
     async def complete(
         self, body: dict[str, Any], raw_request: Request, *, watch: bool
     ) -> dict[str, Any] | JSONResponse:
@@ -100,10 +111,7 @@ class Chat:
         Raises:
             InvalidRequest: The body is no chat request.
         """
-        try:
-            request = ChatCompletionRequest.model_validate(body)
-        except ValidationError as error:
-            raise refusal(error, inside="") from error
+        request = self.read(body)
         try:
             reply: Any = await (_watched if watch else _complete)(request, raw_request)
         except (VLLMClientError, GracefulHTTPError) as error:

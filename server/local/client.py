@@ -90,7 +90,8 @@ class Reasoner:
             self._adapter(versions.get(name, name))
         for name in selection.strategy.drawn_from():
             self._adapter(versions.get(name, name), "strategy.models")
-        self._admission.check()  # here, before a stream has sent its status
+        if selection.place is None:
+            self._admission.check()  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked, _problem(asked, selection))
 
@@ -126,7 +127,7 @@ class Reasoner:
                 case _:
                     pass
 
-        with self._admission.admit(engine) as admitted:
+        with self._admission.admit(engine, selection.place) as admitted:
             run = Run(
                 selection,
                 problem,

@@ -21,6 +21,7 @@ from server import metrics
 from server.adapters.registry import Registry
 from server.admission import Admission
 from server.archive import Archive
+from server.batch.running import Batches
 from server.calibration.shelf import Shelf
 from server.endpoints import Endpoints
 from server.errors import handle, nearest, reply_to
@@ -29,7 +30,7 @@ from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
 from server.local.engine import Client, Judges, Vocabulary
 from server.middleware import Choosing
-from server.routes import adapters, calibrations, models, traces, verify
+from server.routes import adapters, batch, calibrations, models, traces, verify
 from server.routes import strategies as routes
 from server.settings import Settings
 from server.store import Store
@@ -52,6 +53,7 @@ class Plugin:
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes, errors and the choosing middleware on vLLM's app."""
         app.include_router(routes.router)
+        app.include_router(batch.router)
         app.include_router(traces.router)
         app.include_router(verify.router)
         app.include_router(calibrations.router)
@@ -100,6 +102,7 @@ class Plugin:
             candidates=self._settings.max_running_candidates
             or engine.vllm_config.scheduler_config.max_num_seqs,
         )
+        state.admission, state.batches = admission, Batches()
         metrics.RUNNING.set_function(lambda: admission.requests)
         metrics.CANDIDATES.set_function(lambda: admission.candidates)
         engine.generate = Reasoner(

@@ -37,28 +37,34 @@ class Limits(BaseModel):
 
 
 class Lease:
-    """A reservation of `tokens` for one engine call; settle it exactly once."""
+    """A reservation of `tokens` and of some samples; settle it exactly once."""
 
-    __slots__ = ("_budget", "tokens")
+    __slots__ = ("_budget", "samples", "tokens")
 
-    def __init__(self, budget: "Budget", tokens: int) -> None:
+    def __init__(self, budget: "Budget", tokens: int, samples: int) -> None:
         self._budget: Budget | None = budget
         self.tokens = tokens
+        self.samples = samples
 
-    def settle(self, spent: int) -> None:
-        """Give back what was not spent; spending more than was leased is a bug and raises."""
+    def settle(self, spent: int, *, unused: int = 0) -> None:
+        """Give back what was not spent, and samples that were not started.
+
+        Spending more than was leased is a bug and raises.
+        """
         if self._budget is None:
             raise RuntimeError("the lease was settled before")
         if not 0 <= spent <= self.tokens:
             raise RuntimeError(f"{spent} tokens spent on a lease of {self.tokens}")
-        self._budget.settled(self.tokens, spent)
+        if not 0 <= unused <= self.samples:
+            raise RuntimeError(f"{unused} samples unused of a lease of {self.samples}")
+        self._budget.settled(self.tokens, spent, unused)
         self._budget = None
 
 
 class Budget:
     """What is left of the limits. Changes only between awaits, so it needs no lock."""
 
-    __slots__ = ("_clock", "_limits", "_samples", "_started", "reserved", "spent")
+    __slots__ = ("_clock", "_limits", "_started", "reserved", "samples", "spent")
 
     def __init__(
         self, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic
@@ -66,7 +72,8 @@ class Budget:
         self._limits = limits or Limits()
         self._clock = clock
         self._started = clock()
-        self._samples = 0
+        self.samples = 0
+        """Samples that were started, or may be by a lease."""
         self.reserved = 0
         """Tokens out on lease."""
         self.spent = 0
@@ -84,7 +91,7 @@ class Budget:
     @property
     def samples_left(self) -> int | None:
         """Samples that may still be started; None without a limit."""
-        return None if self._limits.samples is None else self._limits.samples - self._samples
+        return None if self._limits.samples is None else self._limits.samples - self.samples
 
     @property
     def seconds_left(self) -> float | None:
@@ -114,20 +121,21 @@ class Budget:
             )
         return share
 
-    def reserve(self, tokens: int, *, sample: bool = True) -> Lease | None:
-        """Lease up to `tokens`, fewer if fewer are left.
+    def reserve(self, tokens: int, *, samples: int = 1) -> Lease | None:
+        """Lease up to `tokens`, fewer if fewer are left, for so many samples.
 
         None when tokens or samples have run out.
         """
         left = self.left
         granted = tokens if left is None else min(tokens, left)
-        if granted < 1 or (sample and self.samples_left is not None and self.samples_left < 1):
+        if granted < 1 or (self.samples_left is not None and self.samples_left < samples):
             return None
         self.reserved += granted
-        self._samples += sample
-        return Lease(self, granted)
+        self.samples += samples
+        return Lease(self, granted, samples)
 
-    def settled(self, reserved: int, spent: int) -> None:
+    def settled(self, reserved: int, spent: int, unused: int) -> None:
         """Called by the lease."""
         self.reserved -= reserved
         self.spent += spent
+        self.samples -= unused

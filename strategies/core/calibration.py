@@ -259,6 +259,39 @@ class Plan:
     """Of a token, in P(right)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How it stands with a problem, and what each option would bring."""
+
+    confidence: float
+    posterior: tuple[float, ...]
+    options: tuple[tuple[str, float, float], ...]
+    """(name, gain in P(right), tokens), both expected."""
+
+
+def outlook(
+    calibration: Calibration, ballots: Sequence[Ballot], *, prompt_tokens: int, most: int
+) -> Outlook:
+    """What is known after these samples, of which there are to be `most` at most.
+
+    The gain of an option is (1 - c) * repairs - c * spoils, over bins by their posterior, where c
+    is the confidence.
+    """
+    stage = calibration.stage(len(ballots))
+    raw = features(ballots, calibration.rule, prompt_tokens)
+    sure, posterior = stage.confidence(raw), tuple(stage.posterior(raw))
+    options: list[tuple[str, float, float]] = []
+    for more in stage.more:
+        if more.option.isdigit() and int(more.option) > most:
+            continue
+        tokens, repairs, spoils = (
+            sum(p * x for p, x in zip(posterior, values, strict=True))
+            for values in (more.tokens, more.repairs, more.spoils)
+        )
+        options.append((more.option, (1 - sure) * repairs - sure * spoils, tokens))
+    return Outlook(sure, posterior, tuple(options))
+
+
 def plan(
     calibration: Calibration,
     ballots: Sequence[Ballot],
@@ -271,32 +304,18 @@ def plan(
 ) -> Plan:
     """The option that gains most for its price, of those that fit into `left` tokens.
 
-    The gain of an option is (1 - c) * repairs - c * spoils, over bins by their posterior, where c
-    is the confidence. It is taken if it gains more than its tokens cost at `price`; with a `wanted`
-    confidence, if that is not reached and it gains at all, whatever it costs. `most` bounds the
-    samples.
+    It is taken if it gains more than its tokens cost at `price`; with a `wanted` confidence, if
+    that is not reached and it gains at all, whatever it costs. `most` bounds the samples.
     """
-    stage = calibration.stage(len(ballots))
-    raw = features(ballots, calibration.rule, prompt_tokens)
-    sure, posterior = stage.confidence(raw), stage.posterior(raw)
-    stop = Plan(None, sure, tuple(posterior), price=price)
-    if wanted is not None and sure >= wanted:
-        return stop
-    best, worth = stop, 0.0
-    for more in stage.more:
-        if more.option.isdigit() and int(more.option) > most:
-            continue
-        tokens, repairs, spoils = (
-            sum(p * x for p, x in zip(posterior, values, strict=True))
-            for values in (more.tokens, more.repairs, more.spoils)
-        )
-        if left is not None and tokens > left:
-            continue
-        gain = (1 - sure) * repairs - sure * spoils
+    seen = outlook(calibration, ballots, prompt_tokens=prompt_tokens, most=most)
+    best, worth = Plan(None, seen.confidence, seen.posterior, price=price), 0.0
+    if wanted is not None and seen.confidence >= wanted:
+        return best
+    for option, gain, tokens in seen.options:
         net = gain - (0.0 if wanted is not None else price * tokens)
-        if net > worth:
+        if net > worth and (left is None or tokens <= left):
             worth = net
-            best = Plan(more.option, sure, tuple(posterior), gain, tokens, price)
+            best = Plan(option, seen.confidence, seen.posterior, gain, tokens, price)
     return best
 
 

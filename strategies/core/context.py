@@ -43,6 +43,7 @@ from strategies.core.events import (
     Started,
     Voted,
 )
+from strategies.core.market import Bidder
 from strategies.core.sandbox import Sandbox
 from strategies.core.types import (
     Candidate,
@@ -128,7 +129,9 @@ class Context:
         read: Reader | None = None,
         remote: Remote | None = None,
         calibration: Calibration | None = None,
+        bidder: Bidder | None = None,
     ) -> None:
+        """With a `bidder`, the run is one of a batch, and asks it for each budget."""
         self.engine = engine
         self.budget = budget
         self.answers = answers
@@ -137,6 +140,7 @@ class Context:
         self.emit = emit
         self.verifier = verifier
         self.calibration = calibration
+        self.bidder = bidder
         self.answer_format = answer_format or AnswerFormat()
         self._read = read
         self._read_so_far: dict[tuple[str, tuple[int, ...]], dict[bytes, tuple[float, ...]]] = {}
@@ -144,9 +148,13 @@ class Context:
         self._numbers = count()
         self._apart = count(1)
         self._short: StopReason | None = None
+        self._outer: Context | None = None
 
     def inner(self) -> "Context":
-        """The same hands for a search that is a part of this one: what it chooses ends nothing."""
+        """The same hands for a search that is a part of this one: what it chooses ends nothing.
+
+        Where it falls short, this one has, too.
+        """
 
         def emit(event: Event) -> None:
             if not isinstance(event, Chosen | Committed):
@@ -154,6 +162,7 @@ class Context:
 
         inner = copy(self)
         inner.emit = emit
+        inner._short, inner._outer = None, self
         return inner
 
     def sampling(self, problem: Problem, n: "int | Sequence[Draw]") -> "Sampling":
@@ -362,7 +371,7 @@ class Context:
         Raises:
             BudgetSpent: There are fewer left.
         """
-        lease = self.budget.reserve(tokens, sample=False)
+        lease = self.budget.reserve(tokens, samples=0)
         if lease is None or lease.tokens < tokens:
             if lease is not None:
                 lease.settle(0)
@@ -517,6 +526,13 @@ class Context:
     def fell_short(self, reason: StopReason) -> None:
         """Remember why fewer samples than asked for could be had; the first reason stays."""
         self._short = self._short or reason
+        if self._outer is not None:
+            self._outer.fell_short(reason)
+
+    def aside(self, tokens: int) -> int:
+        """How many of so many tokens for a sample are to be left for the verifier."""
+        verifier = self.verifier
+        return 0 if verifier is None or tokens < 2 else min(verifier.aside(tokens), tokens - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -653,7 +669,7 @@ class Sampling:
         started: list[int] = []
         for draw in asked[:n]:
             room = self._room(draw)
-            aside = 0 if share is None else self._aside(room)
+            aside = 0 if share is None else self._ctx.aside(room)
             lease = budget.reserve(room + aside if share is None else min(room + aside, share))
             if lease is None:
                 break
@@ -661,16 +677,11 @@ class Sampling:
             self._ctx.emit(Started(index=index, tokens=lease.tokens))
             tokens = room
             if lease.tokens < room + aside:
-                tokens = lease.tokens - (self._aside(lease.tokens) if aside else 0)
+                tokens = lease.tokens - (self._ctx.aside(lease.tokens) if aside else 0)
             self._unseen.add(index)
             self._flight.start(index, lease, self._sample(index, draw, tokens))
             started.append(index)
         return started
-
-    def _aside(self, tokens: int) -> int:
-        """How many of so many tokens are to be left for the verifier."""
-        verifier = self._ctx.verifier
-        return 0 if verifier is None or tokens < 2 else min(verifier.aside(tokens), tokens - 1)
 
     async def _spelled(self, candidate: Candidate, after: Candidate | None) -> Candidate:
         """A path with the words of its tokens: steps may meet within a letter of several bytes."""

@@ -9,8 +9,8 @@ from strategies.core.budget import Budget, Lease, Limits
 from strategies.core.errors import InvalidRequest
 
 
-def leased(budget: Budget, tokens: int, *, sample: bool = True) -> Lease:
-    lease = budget.reserve(tokens, sample=sample)
+def leased(budget: Budget, tokens: int, *, samples: int = 1) -> Lease:
+    lease = budget.reserve(tokens, samples=samples)
     assert lease is not None
     return lease
 
@@ -68,7 +68,7 @@ def test_samples_are_counted_when_started_and_never_come_back():
 def test_what_is_no_sample_needs_none():
     budget = Budget(Limits(samples=1, tokens=10))
     leased(budget, 4)
-    assert leased(budget, 4, sample=False).tokens == 4
+    assert leased(budget, 4, samples=0).tokens == 4
     assert budget.samples_left == 0
 
 
@@ -138,7 +138,7 @@ def test_no_sequence_of_leases_overspends(
     spent = started = 0
     for verb, amount, extra in script:
         if verb == "lease":
-            lease = budget.reserve(amount, sample=bool(extra))
+            lease = budget.reserve(amount, samples=int(bool(extra)))
             if lease is not None:
                 out.append(lease)
                 started += bool(extra)

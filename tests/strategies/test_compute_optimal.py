@@ -81,6 +81,21 @@ async def test_a_search_votes_with_the_samples_and_ends_once():
     assert engine.calls > 2
 
 
+@pytest.mark.parametrize(("tokens", "stopped"), [(2000, "decided"), (110, "exhausted")])
+async def test_a_search_that_runs_out_has_decided_nothing(tokens: int, stopped: str):
+    wide = {"beam": {"kind": "beam_search", "width": 4, "branch": 4}}
+    change = {"fixed": ((20.0, 0.2), (9000.0, 0.99)), "searches": wide}
+    outcome, plans, _, ctx = await solved(
+        SPLIT[:2] + [f"so {n} a b \n" for n in range(400)],
+        known=calibration().model_copy(update=change),
+        verifier=FakeVerifier(lambda text: 0.5),
+        limits=Limits(tokens=tokens),
+    )
+    assert plans[0].option == "beam"
+    assert outcome.stopped == stopped
+    assert ctx.budget.spent <= tokens
+
+
 async def test_it_abstains_where_it_is_not_sure_enough():
     outcome, *_ = await solved(SPLIT, ComputeOptimal(min_confidence=0.95))
     assert outcome.abstained

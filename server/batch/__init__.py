@@ -1,0 +1,1 @@
+"""Batches: many prompts under one budget, as a route and as files."""
