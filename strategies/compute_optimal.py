@@ -124,7 +124,7 @@ class _Search:
         self._places: dict[int, int] = {}
         """By candidate, which of the answers it gives."""
         self._refused = False
-        """Whether other prompts had what would still have gained something."""
+        """Whether something would still have paid, and the budget or other prompts had it."""
         budget = ctx.budget
         tokens = budget.left
         if tokens is None and budget.samples_left is not None:
@@ -163,7 +163,7 @@ class _Search:
         return await ctx.choose(
             self._problem,
             sorted(self._candidates, key=badness),
-            decided=not short and not self._refused,
+            decided=not short and not self._refused and ctx.short is None,
             scores=self._scores,
             votes={self._answers[place]: weight for place, weight in counted.items()},
             confidence=sure,
@@ -317,22 +317,30 @@ class _Search:
             why = "the budget ended before anything was judged"
             self._ctx.emit(Planned(samples=len(self._candidates), option=None, why=why))
             return Plan(None, None, ())
-        decision = plan(
-            self._calibration,
-            ballots,
-            prompt_tokens=len(self._problem.token_ids),
-            price=self._price,
-            left=0.0 if over or late else budget.left,
-            most=most,
-            wanted=strategy.target_confidence,
-        )
+
+        def best(left: float | None, most: int) -> Plan:
+            return plan(
+                self._calibration,
+                ballots,
+                prompt_tokens=len(self._problem.token_ids),
+                price=self._price,
+                left=left,
+                most=most,
+                wanted=strategy.target_confidence,
+            )
+
+        decision = best(0.0 if over or late else budget.left, most)
         goal = strategy.target_confidence
         if decision.option is not None:
             why = "it gains more than its tokens are worth" if goal is None else "not sure enough"
         elif goal is not None and decision.confidence is not None and decision.confidence >= goal:
             why = "as sure as asked for"
+        elif over or best(None, strategy.n).option is None:
+            why = "nothing more can be had" if over else "nothing gains what it would cost"
         else:
-            why = "nothing more can be had" if over or late else "nothing gains what it would cost"
+            self._refused, why = True, "nothing more can be had"
+            if late or best(None, most).option is not None:
+                self._ctx.fell_short("deadline" if late else "exhausted")
         self._record(decision, why)
         return decision
 
