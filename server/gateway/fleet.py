@@ -144,7 +144,7 @@ class Upstream:
                 try:
                     reply = await self.client.send(request, stream=True)
                     try:
-                        if reply.status_code < 500:
+                        if reply.status_code not in (502, 503, 504):
                             self.breaker.answered()
                         yield reply
                     finally:
@@ -273,7 +273,7 @@ class Fleet:
             tried.append(upstream)
             try:
                 return await self._answer(upstream, "POST", path, body, headers)
-            except EngineUnavailable as error:
+            except Lost as error:
                 lost = error
         raise lost
 
@@ -390,8 +390,10 @@ def refused(status: int, raw: bytes, headers: Mapping[str, str]) -> MullError:
             return Busy(reason, seconds=min(3600, int(after)) if after.isdecimal() else 1)
         case _ if 400 <= status < 500:
             return InvalidRequest(reason, field=param if isinstance(param, str) else None)
-        case _:
-            return Lost(f"an upstream failed with status {status}; try again")
+        case 502 | 503 | 504:
+            return Lost(f"an upstream serves nobody now (status {status}); try again")
+        case _:  # of this request, as a rule: others may well be answered
+            return EngineUnavailable(f"an upstream failed with status {status}")
 
 
 def _client(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Collection
+from contextlib import suppress
 
 import httpx
 from starlette.datastructures import Headers
@@ -47,7 +48,8 @@ class Passing:
         if held is None:
             return  # the client left before it had said everything
         if more is not None:  # the line is read by whoever sends the body on
-            await self._pass(scope, more, send, again=False, model="")
+            with suppress(_Left):
+                await self._pass(scope, more, send, again=False, model="")
             return
         again = scope["method"] in ("GET", "HEAD") or scope["path"] in ENDPOINTS
         model = _model(held) if len(self._fleet.upstreams) > 1 else ""
@@ -148,6 +150,10 @@ class Passing:
         return found
 
 
+class _Left(Exception):
+    """The client has left in the midst of its request."""
+
+
 async def _held(
     receive: Receive, most: int
 ) -> tuple[bytes | None, AsyncGenerator[bytes, None] | None]:
@@ -170,6 +176,7 @@ async def _all(held: bytes, receive: Receive) -> AsyncGenerator[bytes, None]:
         yield message.get("body", b"")
         if not message.get("more_body", False):
             return
+    raise _Left
 
 
 def _model(body: bytes) -> str:

@@ -15,9 +15,9 @@ from strategies.core.aio import Background
 from strategies.core.errors import EngineUnavailable, MullError
 from strategies.core.types import Chunk
 
-_WHOLE: JSON = {"stream_interval": 1 << 20}
-"""Tokens in a piece of a sequence whose pieces nobody reads; the first comes at once all the same,
-and tells that something was generated."""
+_RARELY: JSON = {"stream_interval": 256}
+"""Tokens in a piece of a sequence whose pieces nobody reads: many, so that they cost nothing, but
+not all, or a slow model would be taken for a silent one. The first comes at once all the same."""
 
 _PATIENCE_SECONDS = 0.5
 """How long an upstream that was told to end a sequence may take to say what it had generated."""
@@ -113,7 +113,7 @@ class Sequences:
     async def _told(self, upstream: Upstream, body: JSON, index: int, *, pieces: bool) -> Told:
         """The events of a reply."""
         if not pieces and _aborts(upstream):
-            body = _WHOLE | body
+            body = _RARELY | body
         name = f"{self._name}-{index}"
         request = upstream.client.build_request(
             "POST", self._path, json=body, headers={**self._headers, "X-Request-Id": name}

@@ -139,9 +139,17 @@ def before(log: Path, *upstreams: str, **environment: str) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
+def stand_before():
+    """The context manager itself."""
+    return before
+
+
+@pytest.fixture(scope="session")
 def gateway(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A gateway before the server of all tests."""
-    with before(tmp_path_factory.mktemp("gateway") / "log", server.url) as served:
+    shelf = str(server.log.parent / "calibrations")
+    log = tmp_path_factory.mktemp("gateway") / "log"
+    with before(log, server.url, MULL_CALIBRATIONS=shelf) as served:
         yield served
 
 

@@ -1,9 +1,16 @@
 """The gateway before the server of all tests answers as that server does by itself."""
 
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+import openai
 import pytest
+
+from finetune.tiny.problems import exam, grade
 
 CHAT = "/v1/chat/completions"
 QUESTION = (
@@ -62,3 +69,161 @@ def test_the_same_seed_gives_the_same_reply_as_the_engine_itself(
     assert (here.status_code, over.status_code) == (200, 200), (here.text, over.text)
     assert told(over.json()) == told(here.json())
     assert over.json().keys() <= here.json().keys()
+
+
+def test_streams_and_the_native_route_say_the_same(client: httpx.Client, there: httpx.Client):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    for strategy in (STRATEGIES[0], STRATEGIES[4], STRATEGIES[8]):
+        whole = there.post(CHAT, json=BODY | {"strategy": strategy}).json()
+        text = there.post(CHAT, json=BODY | {"strategy": strategy} | options).text
+        lines = [line for line in text.splitlines() if line]
+        assert all(line.startswith((":", "data: ")) for line in lines)
+        assert lines[-1] == "data: [DONE]"
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        said = "".join(
+            choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]
+        )
+        assert said == whole["choices"][0]["message"]["content"]
+        [mull] = [chunk["mull"] for chunk in chunks if "mull" in chunk]
+        assert mull["answer"] == whole["mull"]["answer"]
+        for usage in (chunks[-1]["usage"], whole["usage"]):
+            assert isinstance(usage.pop("prompt_tokens_details")["cached_tokens"], int)
+        assert chunks[-1]["usage"] == whole["usage"]
+        if strategy["kind"] == "chain_of_thought":
+            assert len(chunks) > 10  # as they come
+        kind = strategy["kind"]
+        native = BODY | {name: of for name, of in strategy.items() if name != "kind"}
+        here, over = (
+            one.post(f"/v1/strategies/{kind}", json=native).json() for one in (client, there)
+        )
+        assert over["candidates"] == here["candidates"]
+        assert over["text"] == said
+
+
+def test_a_prompt_in_text_or_tokens_is_completed(client: httpx.Client, there: httpx.Client):
+    words = {"model": "mull-tiny", "max_tokens": 40, "seed": 5, "strategy": STRATEGIES[4]}
+    ids = client.post("/tokenize", json={"model": "mull-tiny", "prompt": QUESTION}).json()["tokens"]
+    for prompt in (QUESTION, ids, [ids], [QUESTION]):
+        here, over = (
+            one.post("/v1/completions", json=words | {"prompt": prompt}).json()
+            for one in (client, there)
+        )
+        assert over["object"] == here["object"] == "text_completion"
+        assert over["choices"][0]["text"] == here["choices"][0]["text"]
+        assert over["usage"]["completion_tokens"] == here["usage"]["completion_tokens"]
+
+
+def test_twenty_problems_have_the_answers_of_the_engine_itself(
+    client: httpx.Client, there: httpx.Client
+):
+    right = 0
+    for one in exam(7, 10):
+        body = BODY | {
+            "messages": [{"role": "user", "content": one.prompt}],
+            "strategy": {"kind": "self_consistency", "n": 8, "early_stop": "never"},
+        }
+        here, over = (told(which.post(CHAT, json=body).json()) for which in (client, there))
+        assert over == here
+        right += grade(one, over["choices"][0]["text"])
+    assert right >= 5
+
+
+def test_what_verifies_lists_and_traces_is_there(client: httpx.Client, there: httpx.Client):
+    for path in ("/v1/strategies", "/v1/verifiers"):
+        assert there.get(path).json() == client.get(path).json()
+    asked = {name: BODY[name] for name in ("model", "messages")}
+    asked |= {"candidates": [r"\boxed{15}", r"12 + 7 = 18"], "verifier": "arithmetic"}
+    here, over = (one.post("/v1/verify", json=asked).json() for one in (client, there))
+    assert over["data"] == here["data"]
+    reply = there.post(CHAT, json=BODY | {"strategy": STRATEGIES[4]}).json()
+    trace = there.get(f"/v1/traces/{reply['mull']['run']}").json()
+    assert trace["mull"] == reply["mull"]
+    assert client.get(f"/v1/traces/{reply['mull']['run']}").status_code == 404
+    ids = {card["id"] for card in there.get("/v1/models").json()["data"]}
+    assert "mull-tiny" in ids
+    known = there.get("/v1/calibrations").json()
+    assert known["weights"] == client.get("/v1/calibrations").json()["weights"]
+    assert {one["id"]: one["usable"] for one in known["data"]} == {"small": True, "foreign": False}
+
+
+def test_what_names_no_strategy_is_the_servers_own(client: httpx.Client, there: httpx.Client):
+    """Byte for byte, but for what differs between two replies of one server."""
+
+    def bare(text: str) -> str:
+        return re.sub(r"(chatcmpl|resp|msg|cmpl)[-_][0-9a-f]+|[0-9]{10}(\.[0-9]+)?", "X", text)
+
+    plain = BODY | {"temperature": 0}
+    requests: list[tuple[str, str, Any]] = [
+        ("POST", CHAT, plain),
+        ("POST", CHAT, plain | {"stream": True}),
+        ("POST", CHAT, plain | {"model": "nobody"}),
+        ("POST", CHAT, {"messages": 7}),
+        ("POST", "/v1/completions", {"model": "mull-tiny", "prompt": "1 +", "temperature": 0}),
+        ("POST", "/tokenize", {"model": "mull-tiny", "prompt": "1 +"}),
+        ("GET", "/version", None),
+        ("GET", "/v1/models", None),
+        ("GET", "/nowhere", None),
+        ("PUT", CHAT, None),
+    ]
+    for method, path, body in requests:
+        here, over = (one.request(method, path, json=body) for one in (client, there))
+        assert over.status_code == here.status_code
+        assert over.headers["content-type"] == here.headers["content-type"]
+        assert bare(over.text) == bare(here.text), path
+
+
+def test_openai_s_client_does_not_notice(gateway):
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as oai:
+        strategy = {"strategy": STRATEGIES[4]}
+        whole = oai.chat.completions.create(**BODY, extra_body=strategy)  # type: ignore[call-overload]
+        assert r"\boxed{15}" in whole.choices[0].message.content
+        assert whole.mull["answer"] == "15"
+        stream = oai.chat.completions.create(**BODY, stream=True, extra_body=strategy)  # type: ignore[call-overload]
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert said == whole.choices[0].message.content
+        with pytest.raises(openai.BadRequestError) as refused:
+            oai.chat.completions.create(**BODY, extra_body={"strategy": {"kind": "best_of_m"}})  # type: ignore[call-overload]
+        assert refused.value.param == "strategy.kind"
+
+
+async def generated(client: httpx.AsyncClient) -> float:
+    """Tokens that the engine has generated so far."""
+    text = (await client.get("/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+async def test_usage_is_what_the_engine_counts_aborted_samples_included(server, gateway):
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=120) as engine,
+        httpx.AsyncClient(base_url=gateway.url, timeout=120) as there,
+    ):
+        for more in (
+            {"budget": {"seconds": 0.4}, "max_tokens": 900, "min_tokens": 900},
+            {"strategy": {"kind": "self_consistency", "n": 16, "start": "all"}},
+            {"strategy": {"kind": "deep_confidence", "n": 8, "warmup": 3, "eta": 0.2}},
+            {"budget": {"tokens": 100}},
+            {"strategy": STRATEGIES[8], "min_tokens": 0},
+        ):
+            await there.post(CHAT, json=BODY | {"strategy": STRATEGIES[4]})  # whatever was probed
+            before = await generated(engine)
+            reply = await there.post(CHAT, json=BODY | {"strategy": STRATEGIES[4]} | more)
+            assert reply.status_code == 200, reply.text
+            after = await generated(engine)
+            assert after - before == reply.json()["usage"]["completion_tokens"], more
+
+
+async def test_a_client_that_leaves_ends_its_search(
+    server, gateway, running: Callable[[httpx.AsyncClient], Awaitable[int]]
+):
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=120) as engine,
+        httpx.AsyncClient(base_url=gateway.url, timeout=120) as there,
+    ):
+        for streamed in (False, True):
+            body = BODY | {"strategy": STRATEGIES[4], "max_tokens": 900, "min_tokens": 900}
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(there.post(CHAT, json=body | {"stream": streamed}), 0.7)
+            async with asyncio.timeout(5):
+                while await running(engine):
+                    await asyncio.sleep(0.05)

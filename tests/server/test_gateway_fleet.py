@@ -340,6 +340,38 @@ async def test_whatever_names_no_strategy_passes_byte_for_byte():
             assert last.headers["x-mine"] == "1"
 
 
+async def test_a_large_body_is_passed_on_as_it_comes():
+    sizes: list[int] = []
+
+    async def count(request: httpx.Request) -> httpx.Response | None:
+        sizes.append(len(await request.aread()))
+        return httpx.Response(201)
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for _ in range(100):
+            yield b"x" * 1000
+
+    one = upstream(before=only("/v1/audio/transcriptions", count))
+    async with before([one], Settings(max_body_bytes=4096)) as (client, _):
+        reply = await client.post("/v1/audio/transcriptions", content=pieces())
+        assert reply.status_code == 201
+        assert sizes == [100_000]
+
+
+async def test_one_request_that_fails_does_not_keep_others_from_an_upstream():
+    async def fails(request: httpx.Request) -> httpx.Response | None:
+        if b"poison" in request.content:
+            return httpx.Response(500, json={"error": {"message": "boom", "code": 500}})
+        return None
+
+    one = upstream(before=only("/tokenize", fails))
+    async with before([one], failures=1) as (client, _):
+        poison = BODY | {"messages": [{"role": "user", "content": "poison"}]}
+        for _ in range(3):
+            assert (await client.post(CHAT, json=poison)).status_code == 503
+        assert (await client.post(CHAT, json=BODY)).status_code == 200
+
+
 async def test_the_gateways_own_key_replaces_the_clients():
     one = upstream()
     async with before([one], key=SecretStr("upstream-key")) as (client, _):
