@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import httpx
@@ -19,19 +20,27 @@ _RARELY: JSON = {"stream_interval": 256}
 """Tokens in a piece of a sequence whose pieces nobody reads: many, so that they cost nothing, but
 not all, or a slow model would be taken for a silent one. The first comes at once all the same."""
 
-_PATIENCE_SECONDS = 0.5
-"""How long an upstream that was told to end a sequence may take to say what it had generated."""
+_AGAIN_SECONDS = 0.1
+"""After which an upstream is told again to end a sequence: it may not have begun it before."""
+
+_TIMES = 8
+"""That it is told; then the stream is closed."""
 
 Told = AsyncGenerator[JSON | None, None]
 """The events of a reply, as they come; None where it was broken off because of `abort`."""
 
 
-class _End:
-    """Put behind what was received of a sequence: no more of it is wanted."""
+class _Mark(Enum):
+    """Put behind what was received of a sequence."""
+
+    ENDING = auto()
+    """The upstream was told to end it, and says what it had generated."""
+    CLOSE = auto()
+    """No more of it is to be read."""
 
 
-_Piece = bytes | MullError | _End | None
-"""Bytes of a reply, what went wrong with it, that it is to be broken off, or its end."""
+_Piece = bytes | MullError | _Mark | None
+"""Bytes of a reply, what went wrong with it, a mark, or its end."""
 
 
 @dataclass(slots=True)
@@ -41,6 +50,8 @@ class _Running:
     name: str
     upstream: Upstream
     heard: asyncio.Queue[_Piece]
+    told: int = 0
+    """How often the upstream was told to end it."""
 
 
 class Sequences:
@@ -123,10 +134,10 @@ class Sequences:
         try:
             async with Background(_pump(upstream, request, heard)):
                 lines = b""
-                while (piece := await heard.get()) is not None:
+                while (piece := await self._next(running)) is not None:
                     if isinstance(piece, MullError):
                         raise piece
-                    if isinstance(piece, _End):
+                    if isinstance(piece, _Mark):
                         yield None
                         return
                     *whole, lines = (lines + piece).split(b"\n")
@@ -136,6 +147,29 @@ class Sequences:
         finally:
             if self._running.get(index) is running:
                 del self._running[index]
+
+    async def _next(self, running: _Running) -> _Piece:
+        """What came next; the upstream is told again to end what should have ended by now."""
+        while True:
+            try:
+                async with asyncio.timeout(_AGAIN_SECONDS if running.told else None):
+                    piece = await running.heard.get()
+            except TimeoutError:
+                if running.told == _TIMES or not await self._end(running.upstream, [running.name]):
+                    return _Mark.CLOSE
+                piece = _Mark.ENDING
+            if piece is not _Mark.ENDING:
+                return piece
+            running.told += 1
+
+    async def _end(self, upstream: Upstream, names: Sequence[str]) -> bool:
+        """Tell an upstream to end sequences; say whether it could."""
+        try:
+            return await self._fleet.abort(
+                upstream, [f"cmpl-{name}-0" for name in names], self._headers
+            )
+        except MullError:
+            return False
 
     async def abort(self, indices: Collection[int]) -> None:
         """See `Engine.abort`.
@@ -150,19 +184,11 @@ class Sequences:
             if _aborts(one.upstream):
                 asked.setdefault(one.upstream, []).append(one)
             else:
-                one.heard.put_nowait(_End())
-        loop = asyncio.get_running_loop()
+                one.heard.put_nowait(_Mark.CLOSE)
         for upstream, those in asked.items():
-            names = [f"cmpl-{one.name}-0" for one in those]
-            try:
-                heard = await self._fleet.abort(upstream, names, self._headers)
-            except MullError:
-                heard = False
+            heard = await self._end(upstream, [one.name for one in those])
             for one in those:
-                if heard:  # it may not have begun there, and so not be known
-                    loop.call_later(_PATIENCE_SECONDS, one.heard.put_nowait, _End())
-                else:
-                    one.heard.put_nowait(_End())
+                one.heard.put_nowait(_Mark.ENDING if heard else _Mark.CLOSE)
 
 
 def _aborts(upstream: Upstream) -> bool:

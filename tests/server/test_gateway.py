@@ -123,6 +123,8 @@ def test_twenty_problems_have_the_answers_of_the_engine_itself(
             "strategy": {"kind": "self_consistency", "n": 8, "early_stop": "never"},
         }
         here, over = (told(which.post(CHAT, json=body).json()) for which in (client, there))
+        for reply in (here, over):  # how an answer is spelled in a vote is up to who comes first
+            reply["votes"] = sorted(reply["mull"].pop("votes").values())
         assert over == here
         right += grade(one, over["choices"][0]["text"])
     assert right >= 5
@@ -132,7 +134,7 @@ def test_what_verifies_lists_and_traces_is_there(client: httpx.Client, there: ht
     for path in ("/v1/strategies", "/v1/verifiers"):
         assert there.get(path).json() == client.get(path).json()
     asked = {name: BODY[name] for name in ("model", "messages")}
-    asked |= {"candidates": [r"\boxed{15}", r"12 + 7 = 18"], "verifier": "arithmetic"}
+    asked |= {"candidates": ["12 + 7 = 19", "12 + 7 = 18"], "verifier": "arithmetic"}
     here, over = (one.post("/v1/verify", json=asked).json() for one in (client, there))
     assert over["data"] == here["data"]
     reply = there.post(CHAT, json=BODY | {"strategy": STRATEGIES[4]}).json()
@@ -155,7 +157,6 @@ def test_what_names_no_strategy_is_the_servers_own(client: httpx.Client, there: 
     plain = BODY | {"temperature": 0}
     requests: list[tuple[str, str, Any]] = [
         ("POST", CHAT, plain),
-        ("POST", CHAT, plain | {"stream": True}),
         ("POST", CHAT, plain | {"model": "nobody"}),
         ("POST", CHAT, {"messages": 7}),
         ("POST", "/v1/completions", {"model": "mull-tiny", "prompt": "1 +", "temperature": 0}),
@@ -170,6 +171,16 @@ def test_what_names_no_strategy_is_the_servers_own(client: httpx.Client, there: 
         assert over.status_code == here.status_code
         assert over.headers["content-type"] == here.headers["content-type"]
         assert bare(over.text) == bare(here.text), path
+    streamed = []
+    for one in (client, there):
+        with one.stream("POST", CHAT, json=plain | {"stream": True}) as reply:
+            pieces = list(reply.iter_raw())
+        assert len(pieces) > 3  # as they come
+        lines = b"".join(pieces).splitlines()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+        streamed.append("".join(one["choices"][0]["delta"].get("content", "") for one in chunks))
+        assert lines[-2] == b"data: [DONE]"
+    assert streamed[0] == streamed[1]
 
 
 def test_openai_s_client_does_not_notice(gateway):

@@ -303,6 +303,23 @@ async def test_without_a_route_for_it_an_abort_closes_the_stream_and_keeps_what_
         assert engine.running == 0
 
 
+async def test_an_abort_that_came_too_early_is_said_again():
+    missed: list[httpx.Request] = []
+
+    async def miss(request: httpx.Request) -> httpx.Response | None:
+        missed.append(request)
+        return httpx.Response(200, json={}) if len(missed) < 4 else None
+
+    engine = FakeEngine(["a " * 1000], delay=lambda index: 0.01)
+    one = FakeUpstream(engine, before=only("/inference/v1/abort_requests", miss))
+    async with before([one]) as (client, _):
+        more = {"budget": {"seconds": 0.1}, "max_tokens": 1000}
+        reply = await client.post(CHAT, json=BODY | more)
+        assert reply.json()["mull"]["stopped"] == "deadline"
+        assert reply.json()["usage"]["completion_tokens"] == engine.tokens > 0
+        assert len(missed) > 4
+
+
 async def test_whatever_names_no_strategy_passes_byte_for_byte():
     heard: list[httpx.Request] = []
 
