@@ -28,9 +28,6 @@ def server(
     if url is not None:
         yield url.rstrip("/")
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         str(Path(sys.executable).parent / "mull"),
         "serve",
@@ -45,6 +42,23 @@ def server(
             "--kv-cache-memory-bytes",
             str(256 << 20),
         ]
+    with _started(command) as base:
+        yield base
+
+
+@contextlib.contextmanager
+def gateway(upstream: str) -> Iterator[str]:
+    """The base URL of a gateway before a server, ended afterwards."""
+    mull = str(Path(sys.executable).parent / "mull")
+    with _started([mull, "gateway", "--upstream", upstream]) as base:
+        yield base
+
+
+@contextlib.contextmanager
+def _started(command: Sequence[str]) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)],

@@ -1,4 +1,4 @@
-"""`mull`: serve a model as a reasoning server, or look what is wrong with this installation."""
+"""`mull`: serve a model as a reasoning server, or stand before such servers, or look after one."""
 
 import argparse
 import asyncio
@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from server.adapters import command
 from server.batch import command as batch
 from server.calibration import command as calibrate
+from server.gateway import command as gateway
 from server.local.defaults import environment
 from server.settings import Settings
 
@@ -54,6 +55,9 @@ def main() -> None:
     commands.add_parser(
         "doctor", help="say what is installed, on which device, and how to mend what is broken"
     )
+    gateway.arguments(
+        commands.add_parser("gateway", help="the same strategies before vLLM servers elsewhere")
+    )
     known = commands.add_parser("adapters", help="list, import, point, roll back, remove adapters")
     command.arguments(known)
     calibrating = commands.add_parser(
@@ -75,6 +79,10 @@ def main() -> None:
         if rest:
             parser.error(f"adapters does not know: {' '.join(rest)}")
         sys.exit(_keyed(command.run, options, "admin_key"))
+    if options.command == "gateway":
+        if rest:
+            parser.error(f"gateway does not know: {' '.join(rest)}")
+        sys.exit(gateway.run(options))
     if options.command == "calibrate":
         if rest:
             parser.error(f"calibrate does not know: {' '.join(rest)}")

@@ -1,5 +1,6 @@
 """Model servers that the operator names, which verifiers may ask over HTTP."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,6 +20,25 @@ _PATHS: dict[Api, str] = {
 }
 
 
+_URL = r"^https?://[^\s/]+(/\S*)?$"
+
+
+def check_url(url: str) -> None:
+    """Whether there can be a server at an address.
+
+    Raises:
+        ValueError: There cannot.
+    """
+    if re.match(_URL, url) is None:
+        raise ValueError(f"'{url}' is no address of a server, such as http://10.0.0.5:8000")
+    try:
+        port = httpx.URL(url).port
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"there is no port {port}")
+
+
 class Endpoint(BaseModel):
     """A model on another server: what it is asked by, and what of its answers counts.
 
@@ -30,7 +50,7 @@ class Endpoint(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     api: Api
-    url: str = Field(pattern=r"^https?://[^\s/]+(/\S*)?$", description="Without the API's path.")
+    url: str = Field(pattern=_URL, description="Without the API's path.")
     model: str = Field(min_length=1, max_length=200, description="As that server calls it.")
     api_key: SecretStr | None = Field(default=None, description="Sent as a bearer token.")
     timeout_seconds: float = Field(default=60.0, gt=0, le=3600)
@@ -47,12 +67,7 @@ class Endpoint(BaseModel):
     @field_validator("url")
     @classmethod
     def _usable(cls, url: str) -> str:
-        try:
-            port = httpx.URL(url).port
-        except httpx.InvalidURL as error:
-            raise ValueError(str(error)) from None
-        if port is not None and not 0 < port < 65536:
-            raise ValueError(f"there is no port {port}")
+        check_url(url)
         return url
 
 

@@ -18,7 +18,8 @@ from pydantic import (
 )
 
 from server.adapters.registry import Rule
-from server.endpoints import Endpoint
+from server.endpoints import Endpoint, check_url
+from server.gateway.fleet import Terms
 from server.verifiers.catalogue import Allowed, resolve
 from server.wire import as_object
 from strategies.core.budget import Limits
@@ -96,6 +97,33 @@ class Settings(BaseModel):
     api_key: SecretStr | None = Field(
         default=None, description="What `mull batch` sends to a server that wants a key."
     )
+    upstreams: tuple[str, ...] = Field(
+        default=(),
+        description="URLs of the servers behind `mull gateway`; with commas between them.",
+    )
+    upstream_key: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Sent to them as the bearer token; unset: what the client sends.",
+    )
+    upstream_connect_seconds: float = Field(
+        default=5.0, ge=0.05, le=60, description="Until one is taken for gone."
+    )
+    upstream_silent_seconds: float = Field(
+        default=120.0, ge=0.1, le=3600, description="Longest silence of one that was asked."
+    )
+    upstream_connections: int = Field(
+        default=1024, ge=1, le=65_536, description="To each, at most."
+    )
+    upstream_failures: int = Field(
+        default=3, ge=1, le=1000, description="In a row; then one is left alone for a while."
+    )
+    upstream_rest_seconds: float = Field(
+        default=5.0, ge=0.05, le=3600, description="That while; then one request tries."
+    )
+    upstream_retries: int = Field(
+        default=2, ge=0, le=16, description="Further tries of what has generated nothing yet."
+    )
     adapter_gate: dict[str, Rule] = Field(
         default_factory=dict[str, Rule],
         description="By measure of an evaluation, what an alias demands of a version.",
@@ -113,6 +141,18 @@ class Settings(BaseModel):
         description="By served model, the budget of `compute_optimal` for each reasoning_effort.",
     )
 
+    @field_validator("upstreams", mode="before")
+    @classmethod
+    def _listed(cls, urls: object) -> object:
+        return [one.strip() for one in urls.split(",")] if isinstance(urls, str) else urls
+
+    @field_validator("upstreams")
+    @classmethod
+    def _addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            check_url(url)
+        return urls
+
     @field_validator("presets")
     @classmethod
     def _named(cls, presets: dict[str, Preset]) -> dict[str, Preset]:
@@ -127,6 +167,19 @@ class Settings(BaseModel):
     def allowed(self) -> Allowed:
         """What verifiers may do."""
         return Allowed(endpoints=self.endpoints, code=self.run_code)
+
+    @property
+    def terms(self) -> Terms:
+        """How a gateway treats its upstreams."""
+        return Terms(
+            key=self.upstream_key,
+            connect_seconds=self.upstream_connect_seconds,
+            silent_seconds=self.upstream_silent_seconds,
+            connections=self.upstream_connections,
+            failures=self.upstream_failures,
+            rest_seconds=self.upstream_rest_seconds,
+            retries=self.upstream_retries,
+        )
 
     @model_validator(mode="after")
     def _judged(self) -> Self:

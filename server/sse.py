@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -25,6 +25,11 @@ def event(name: str, data: JSON) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
+def failed(error: Exception) -> bytes:
+    """What ends a stream of named events."""
+    return event("error", shape(error))
+
+
 class Refused(Exception):
     """A source that ends with a whole reply instead of events."""
 
@@ -41,11 +46,18 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncGenerator[bytes, None], *, heartbeat_seconds: float) -> None:
+    def __init__(
+        self,
+        source: AsyncGenerator[bytes, None],
+        *,
+        heartbeat_seconds: float,
+        failure: Callable[[Exception], bytes] = failed,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._source = source
         self._heartbeat_seconds = heartbeat_seconds
+        self._failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the stream."""
@@ -63,7 +75,7 @@ class EventStream(Response):
                         reply = piece.reply if isinstance(piece, Refused) else reply_to(piece)
                         await reply(scope, receive, send)
                         return
-                    piece = event("error", shape(piece))
+                    piece = self._failure(piece)
                 if not started:
                     started = True
                     headers = self.raw_headers

@@ -2,14 +2,12 @@
 
 import asyncio
 import logging
-import random
-import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import cached_property
 from hashlib import file_digest, sha256
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +21,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.adapters.folder import inside, take_in
 from server.adapters.manifest import Manifest, Trained, read_manifest, write_manifest
+from server.adapters.names import Watched
 from server.adapters.registry import Alias, Gate, Registry, Shares, Version, check_name
 from server.adapters.residents import Residents
 from server.local.engine import token_ids
 from server.local.weights import Served, examine, layers
 from strategies.core.errors import Busy, EngineUnavailable, InvalidRequest, NotFound
-
-_STALE_SECONDS = 0.25
-"""How long a name may go on meaning what it meant, after another server moved it."""
 
 _SILENT_SECONDS = 120.0
 """After which an engine that loads or forgets an adapter is taken for dead."""
@@ -128,11 +124,7 @@ class Adapters:
         if most < 1:
             raise ValueError("--max-cpu-loras leaves no room beside --lora-modules")
         self._residents = Residents(self._load, self._unload, most=most)
-        self._stamp: object = None
-        self._looked = -inf
-        self._looking = asyncio.Lock()
-        self._aliases: Mapping[str, Alias] = {}
-        self._versions: Collection[str] = frozenset()
+        self._watched = Watched(registry)
         self._fitting: set[str] = set()
         """Versions that were looked at, and do not change."""
         self._known: dict[str, Version] = {}
@@ -143,7 +135,7 @@ class Adapters:
     @property
     def names(self) -> set[str]:
         """What requests may name, as of the last look."""
-        return {*self._aliases, *self._versions}
+        return {*self._watched.aliases, *self._watched.versions}
 
     @property
     def most(self) -> int:
@@ -155,22 +147,10 @@ class Adapters:
 
         While the registry cannot be read, names mean what they meant.
         """
-        if not at_once and time.monotonic() - self._looked < _STALE_SECONDS:
+        if not await self._watched.look(at_once=at_once):
             return
-        if self._looking.locked() and self._looked > -inf and not at_once:
-            return  # another is at it
-        async with self._looking:
-            if at_once or time.monotonic() - self._looked >= _STALE_SECONDS:
-                try:
-                    stamp = await asyncio.to_thread(self._registry.stamp)
-                    if stamp != self._stamp:
-                        self._aliases, self._versions = await asyncio.to_thread(self._read)
-                        self._stamp = stamp
-                except OSError:
-                    _log.exception("the registry of adapters cannot be read")
-                self._looked = time.monotonic()
-                meant = {id for alias in self._aliases.values() for id in alias.shares}
-                self._residents.mean(meant, self._versions, self._pinned())
+        meant = {id for alias in self._watched.aliases.values() for id in alias.shares}
+        self._residents.mean(meant, self._watched.versions, self._pinned())
         if not at_once:  # who changes something does not wait for the engine to forget
             await self._residents.sweep()
 
@@ -178,13 +158,10 @@ class Adapters:
         """What pinned aliases mean, one alias left out."""
         return {
             id
-            for name, alias in self._aliases.items()
+            for name, alias in self._watched.aliases.items()
             if alias.pinned and name != but
             for id in alias.shares
         }
-
-    def _read(self) -> tuple[Mapping[str, Alias], Collection[str]]:
-        return self._registry.aliases(), frozenset(self._registry.ids())
 
     def meant(self, name: str) -> str | None:
         """A version that a name means, drawn by its shares; None for a name that is none of ours.
@@ -193,10 +170,8 @@ class Adapters:
         """
         if name in self._static or self._models.is_base_model(name):
             return None
-        if name in self._aliases:
-            shares = self._aliases[name].shares
-            return random.choices(list(shares), list(shares.values()))[0]
-        return name if name in self._versions or name in self._residents else None
+        known = self._watched.meant(name)
+        return name if known is None and name in self._residents else known
 
     @asynccontextmanager
     async def held(self, version: str) -> AsyncGenerator[None]:
@@ -273,7 +248,7 @@ class Adapters:
         if name in self._static or self._models.is_base_model(name):
             raise InvalidRequest(f"'{name}' is served already, and no alias", field="alias")
         await self.look(at_once=True)
-        before = self._aliases.get(name)
+        before = self._watched.aliases.get(name)
         if pinned or (pinned is None and before is not None and before.pinned):
             self._leave_room(len({*shares, *self._pinned(but=name)}))
         await self._prepare(shares)
@@ -339,7 +314,7 @@ class Adapters:
         """Every version as its operator reads of it, and every alias."""
         await self.look(at_once=True)
         versions = await asyncio.to_thread(self._registry.versions)
-        aliases, in_use, pinned = self._aliases, self._residents.in_use, self._pinned()
+        aliases, in_use, pinned = self._watched.aliases, self._residents.in_use, self._pinned()
         cards = [
             {
                 "id": one.id,

@@ -4,9 +4,9 @@ Every endpoint of vLLM gains every strategy by this one seam; a request that nam
 touched.
 """
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, cast
 
 from vllm.inputs import EngineInput
@@ -14,32 +14,15 @@ from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from server.admission import Admission
 from server.calibration.shelf import Shelf
 from server.local.engine import Adapter, Asked, Client, LocalEngine
-from server.run import Run, Selection
+from server.run import Selection
+from server.search import Searches, Winner, check_fields
 from server.selection import SELECTION, equip, from_xargs, uncalibrated
 from server.settings import Settings
-from server.store import Store
 from server.verifiers.catalogue import adapters, talkers
-from strategies.core.aio import Background
-from strategies.core.answers import Answers
-from strategies.core.engine import Remote
 from strategies.core.errors import InvalidRequest
-from strategies.core.events import Committed, Event, Grown
-from strategies.core.sandbox import Sandbox
 from strategies.core.types import Outcome, Problem
-
-_COUNTED: dict[str, Any] = {
-    "min_tokens": 0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "structured_outputs": None,
-    "repetition_detection": None,
-    "thinking_token_budget": None,
-    "stop": [],
-}
-"""What vLLM keeps count of within one sequence, with the value that asks for nothing."""
 
 
 class Reasoner:
@@ -49,23 +32,16 @@ class Reasoner:
         self,
         client: Client,
         *,
-        admission: Admission,
-        store: Store,
-        sandbox: Sandbox,
+        searches: Searches,
         adapter: "Adapter",
         settings: Settings,
         shelf: Shelf,
-        remote: Remote,
     ) -> None:
         self._client = client
-        self._admission = admission
-        self._store = store
-        self._sandbox = sandbox
-        self._answers = Answers(sandbox)
+        self._searches = searches
         self._adapter = adapter
         self._settings = settings
         self._shelf = shelf
-        self._remote = remote
 
     def __call__(
         self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -90,8 +66,7 @@ class Reasoner:
             self._adapter(versions.get(name, name))
         for name in selection.strategy.drawn_from():
             self._adapter(versions.get(name, name), "strategy.models")
-        if selection.place is None:
-            self._admission.check()  # here, before a stream has sent its status
+        self._searches.check(selection)  # here, before a stream has sent its status
         asked = Asked(prompt=prompt, params=sampling_params, request_id=request_id, options=options)
         return self._search(selection, asked, _problem(asked, selection))
 
@@ -112,43 +87,24 @@ class Reasoner:
             pieces=streaming,
             versions=selection.versions,
         )
-        heard: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
-        committed: int | None = None
-
-        def listen(event: Event) -> None:
-            nonlocal committed
-            match event:
-                case Committed(index=index) if streaming and committed is None:
-                    committed = index
-                    if index in engine.outputs:
-                        heard.put_nowait(engine.whole(index))
-                case Grown(index=index) if index == committed:
-                    heard.put_nowait(engine.latest[index])
-                case _:
-                    pass
-
-        with self._admission.admit(engine, selection.place) as admitted:
-            run = Run(
-                selection,
-                problem,
-                admitted,
-                self._sandbox,
-                self._answers,
-                listen,
-                name,
-                remote=self._remote,
-            )
-            selection.begin(run)
-            with self._store.keeping(run):
-                async with Background(run.solve()) as solving:
-                    solving.add_done_callback(lambda _: heard.put_nowait(None))
-                    last: RequestOutput | None = None
-                    while (piece := await heard.get()) is not None:
-                        if piece.finished:
-                            last = piece  # said when the run is over, so that its sums are right
-                        else:
-                            yield _as(piece, asked)
-                    outcome = await solving
+        winner = Winner[RequestOutput](
+            whole=lambda index: engine.whole(index) if index in engine.outputs else None,
+            grown=lambda grown: engine.latest[grown.index],
+        )
+        last: RequestOutput | None = None
+        outcome: Outcome | None = None
+        running = self._searches.run(
+            selection, problem, engine, name=name, tell=winner if streaming else None
+        )
+        async with aclosing(running) as told:
+            async for piece in told:
+                if isinstance(piece, Outcome):
+                    outcome = piece
+                elif piece.finished:
+                    last = piece  # said when the run is over, so that its sums are right
+                else:
+                    yield _as(piece, asked)
+        assert outcome is not None
         if last is None:
             last = _whole(engine, outcome)
         for output, candidate in zip(last.outputs, outcome.ranked, strict=True):
@@ -174,27 +130,12 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
     strategy = selection.strategy
     if asked.params.n > strategy.most():  # on endpoints that our middleware does not read
         raise InvalidRequest(f"{strategy.kind} draws fewer samples", field="n")
-    reads = "the adapter" if adapters(selection.verifier) else None
-    searches = selection.calibration is not None and selection.calibration.searches
-    stepwise = strategy.stepwise or bool(searches)
-    goes_on = strategy.kind if stepwise or strategy.rereads else reads
-    if goes_on is not None and asked.prompt["type"] != "token":
-        raise InvalidRequest(
-            f"{goes_on} goes on from tokens, and a picture or a sound has none", field="messages"
-        )
-    if stepwise:
-        for field, idle in _COUNTED.items():
-            if getattr(asked.params, field) not in (None, idle):
-                raise InvalidRequest(
-                    f"'{field}' is kept over a whole answer, and {strategy.kind} draws it in "
-                    "parts: drop one of them",
-                    field=field,
-                )
-    if asked.params.logprobs is not None and not strategy.scores_tokens():
-        raise InvalidRequest(
-            f"{strategy.kind} writes answers that have no log-probabilities of their own",
-            field="logprobs",
-        )
+    check_fields(
+        selection,
+        lambda field: getattr(asked.params, field),
+        tokens=asked.prompt["type"] == "token",
+        logprobs=asked.params.logprobs is not None,
+    )
     return Problem(
         token_ids=tuple(ids),  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
         text=selection.question,

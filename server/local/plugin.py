@@ -5,6 +5,7 @@ The same object under `mull serve` and under `VLLM_PLUGINS=mull vllm serve`.
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from server.local.engine import Client, Judges, Vocabulary
 from server.middleware import Choosing
 from server.routes import adapters, batch, calibrations, models, traces, verify
 from server.routes import strategies as routes
+from server.search import Searches
 from server.settings import Settings
 from server.store import Store
 from strategies.core.errors import EngineUnavailable, InvalidRequest, MullError
@@ -84,6 +86,7 @@ class Plugin:
         state.chat = Chat()
         state.settings = self._settings
         state.served = self.models
+        state.shown = partial(_shown, state.openai_serving_models)
         state.store = Store(self._settings.kept_traces, archive)
         for serving, make in (
             (state.openai_serving_chat, "_make_parser"),
@@ -114,13 +117,12 @@ class Plugin:
                 judges=Judges(self._adapter, engine.get_tokenizer),
                 longest=engine.vllm_config.model_config.max_model_len - 1,
             ),
-            admission=admission,
-            store=state.store,
-            sandbox=sandbox,
+            searches=Searches(
+                admission=admission, store=state.store, sandbox=sandbox, remote=remote
+            ),
             adapter=self._adapter,
             settings=self._settings,
             shelf=self._shelf,
-            remote=remote,
         )
 
     def models(self) -> set[str]:
@@ -171,6 +173,11 @@ class Plugin:
             hint = nearest(name, sorted(self.models()))
             raise InvalidRequest(f"there is no adapter '{name[:200]}'; {hint}", field=field)
         return known.get(name)
+
+
+async def _shown(models: Any, headers: Mapping[str, str]) -> dict[str, Any]:
+    """What vLLM says of its models."""
+    return (await models.show_available_models()).model_dump()
 
 
 def _base(engine: Any, state: State) -> Base:

@@ -11,7 +11,7 @@ router = APIRouter(tags=["mull"])
 async def models(request: Request) -> dict[str, Any]:
     """VLLM's models and the registry's adapters, and after them each with each preset."""
     state = request.app.state
-    served = (await state.openai_serving_models.show_available_models()).model_dump()
+    served = await state.shown(request.headers)
     if state.adapters is not None:
         await state.adapters.look()
         base, shown = served["data"][0], {card["id"] for card in served["data"]}

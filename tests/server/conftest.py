@@ -126,7 +126,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         text = calibration().model_copy(update=said).model_dump_json()
         (shelf / f"{name}.json").write_text(text)
     environment = {"MULL_TRACES": str(folder / "traces"), "MULL_CALIBRATIONS": str(shelf)}
-    with serving(folder / "log", **environment) as served:
+    with serving(folder / "log", "--enable-scale-out", **environment) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def before(log: Path, *upstreams: str, **environment: str) -> Iterator[Served]:
+    """`mull gateway` before these servers, on a free port of 127.0.0.1."""
+    command = [sys.executable, "-m", "server.cli", "gateway", "--upstream", *upstreams]
+    with _started(log, command, environment) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def stand_before():
+    """The context manager itself."""
+    return before
+
+
+@pytest.fixture(scope="session")
+def gateway(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A gateway before the server of all tests."""
+    shelf = str(server.log.parent / "calibrations")
+    log = tmp_path_factory.mktemp("gateway") / "log"
+    with before(log, server.url, MULL_CALIBRATIONS=shelf) as served:
         yield served
 
 

@@ -1,0 +1,1 @@
+"""The same routes and strategies with no engine here: over the HTTP of vLLM servers elsewhere."""
