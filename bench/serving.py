@@ -42,7 +42,7 @@ def server(
             "--kv-cache-memory-bytes",
             str(256 << 20),
         ]
-    with _started(command) as base:
+    with _started(command, **environment) as base:
         yield base
 
 
@@ -55,7 +55,7 @@ def gateway(upstream: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str]) -> Iterator[str]:
+def _started(command: Sequence[str], **environment: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
