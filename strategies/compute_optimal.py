@@ -163,7 +163,7 @@ class _Search:
         return await ctx.choose(
             self._problem,
             sorted(self._candidates, key=badness),
-            decided=not short and not self._refused,
+            decided=not short and not self._refused and ctx.short is None,
             scores=self._scores,
             votes={self._answers[place]: weight for place, weight in counted.items()},
             confidence=sure,

@@ -523,6 +523,11 @@ class Context:
         """The index of the next sequence of this run."""
         return next(self._numbers)
 
+    @property
+    def short(self) -> StopReason | None:
+        """Why there was less than was asked for, if so."""
+        return self._short
+
     def fell_short(self, reason: StopReason) -> None:
         """Remember why fewer samples than asked for could be had; the first reason stays."""
         self._short = self._short or reason

@@ -33,6 +33,7 @@ from strategies.core.strategy import Strategy
 from strategies.core.testing import FakeEngine, FakeVerifier, context
 from strategies.core.types import Candidate, Generation, Outcome, Problem
 from strategies.registry import ANY_STRATEGY, STRATEGIES
+from tests.strategies.test_calibration import calibration
 
 T = TypeVar("T")
 
@@ -230,6 +231,8 @@ class Watched:
             answer_format=strategy.answer,
             clock=self.loop.time,
         )
+        if strategy.kind == "compute_optimal" and strategy.judged_by():
+            self.ctx.calibration = calibration()  # without, the server refuses its verifier
         self.record = self.ctx.emit
         self.ctx.emit = self.watch
 
