@@ -137,8 +137,7 @@ def read(
             equip(selection, model, shelf, settings)
             chat.read(asked)
         except InvalidRequest as error:
-            field = error.field or ""
-            if field.split(".")[0] in own_fields or field.split(".")[0] == "messages":
+            if (field := error.field or "").split(".")[0] in own_fields:
                 raise InvalidRequest(str(error), field=f"{inside}.{field}") from error
             raise
         selection.limits = Limits()  # the batch's hold
@@ -186,6 +185,8 @@ def _requests(value: object, most: int) -> list[tuple[str, JSON]]:
                 raise InvalidRequest(f"'{name}' is '{only}' here", field=f"{field}.{name}")
         if body is None:
             raise InvalidRequest("'body' is a chat request", field=f"{field}.body")
+        if not as_list(body.get("messages")):
+            raise InvalidRequest("'messages' is a list", field=f"{field}.body.messages")
         found[custom_id] = body
     return list(found.items())
 
