@@ -32,6 +32,8 @@ from finetune.tiny.solution import Item
 from strategies.core.answers import Answers
 from strategies.core.sandbox import Sandbox
 
+Side = Callable[[Item, int], Awaitable[Answered]]
+
 CLIENTS = [1, 8]
 N = 16
 STRATEGY = {"kind": "self_consistency", "n": N, "early_stop": "never", "start": "all"}
@@ -78,7 +80,7 @@ async def _measure(
             async def bare(item: Item, seed: int) -> Answered:
                 return await vote(client, options.model, item, answers, seed=seed, n=N)
 
-            sides = {"mull": ours, "bare": bare}
+            sides: dict[str, Side] = {"mull": ours, "bare": bare}
             if before is not None:
                 sides = {"gateway": ours, "local": local}
             with bar() as progress:
@@ -91,7 +93,7 @@ async def _measure(
 
 
 async def _pairs(
-    asked: dict[str, Callable[[Item, int], Awaitable[Answered]]],
+    asked: dict[str, Side],
     items: list[Item],
     options: argparse.Namespace,
     clients: int,

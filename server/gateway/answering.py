@@ -386,8 +386,9 @@ class Answering:
             asked = {"model": model, "messages": _messages(body), **rendering}
             return await vocabulary.prompt(asked, headers, None)
         prompt: Any = body.get("prompt")
-        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            prompt = prompt[0]
+        several = as_list(prompt)
+        if several and len(several) == 1 and not isinstance(several[0], int):
+            prompt = several[0]
         if isinstance(prompt, str):
             special = body.get("add_special_tokens", True)
             asked = {"model": model, "prompt": prompt, "add_special_tokens": special}

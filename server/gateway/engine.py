@@ -176,7 +176,7 @@ class RemoteEngine:
                 if generation.logprobs == 0:
                     pieces = tuple(map(str, at_each.get("tokens") or ()))
                 else:
-                    pieces = tuple(words[one] if one < len(words) else "" for one in ids)
+                    pieces = tuple(str(words[one]) if one < len(words) else "" for one in ids)
                     top = [_likeliest(one, generation.logprobs) for one in tops]
                 if not len(logprobs) == len(pieces) == len(ids):
                     raise ValueError("not as many as tokens")
@@ -260,7 +260,7 @@ def _by_id(top: Any) -> list[tuple[int, float]]:
     """Tokens, as `token_id:N`, with their log-probabilities."""
     return [
         (int(name.removeprefix("token_id:")), float(logprob))
-        for name, logprob in (top or {}).items()
+        for name, logprob in (as_object(top) or {}).items()
         if name.startswith("token_id:")
     ]
 

@@ -286,8 +286,10 @@ class Fleet:
         headers: Mapping[str, str],
         seconds: float | None = None,
     ) -> JSON:
-        more = {} if seconds is None else {"timeout": seconds}
-        request = upstream.client.build_request(method, path, json=body, headers=headers, **more)
+        patience = upstream.client.timeout if seconds is None else seconds
+        request = upstream.client.build_request(
+            method, path, json=body, headers=headers, timeout=patience
+        )
         async with upstream.asked(request) as reply:
             raw = await reply.aread()
             if reply.status_code != 200:

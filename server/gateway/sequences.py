@@ -52,6 +52,8 @@ class _Running:
     heard: asyncio.Queue[_Piece]
     told: int = 0
     """How often the upstream was told to end it."""
+    again: float | None = None
+    """When it is to be told again."""
 
 
 class Sequences:
@@ -152,7 +154,7 @@ class Sequences:
         """What came next; the upstream is told again to end what should have ended by now."""
         while True:
             try:
-                async with asyncio.timeout(_AGAIN_SECONDS if running.told else None):
+                async with asyncio.timeout_at(running.again):
                     piece = await running.heard.get()
             except TimeoutError:
                 if running.told == _TIMES or not await self._end(running.upstream, [running.name]):
@@ -161,6 +163,7 @@ class Sequences:
             if piece is not _Mark.ENDING:
                 return piece
             running.told += 1
+            running.again = asyncio.get_running_loop().time() + _AGAIN_SECONDS
 
     async def _end(self, upstream: Upstream, names: Sequence[str]) -> bool:
         """Tell an upstream to end sequences; say whether it could."""

@@ -311,6 +311,41 @@ def test_only_the_operator_changes_adapters(api: httpx.Client, client: httpx.Cli
     assert client.get("/v1/adapters", headers=ADMIN).status_code == 404  # without a registry
 
 
+def test_a_gateway_means_the_same_by_a_name(
+    api: httpx.Client, served, stand_before, registry: Path, imports: Path, versions, tmp_path: Path
+):
+    one, two, *_ = versions
+    folder = imports / "critic"
+    shutil.copytree(imports / "6", folder)
+    labels = {"good": "<|good|>", "bad": "<|bad|>"}
+    manifest = {"schema_version": 1, "kind": "verifier", "judging": {"labels": labels}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    critic = publish(api, "critic", "critic", alias="far-critic")["id"]
+    with (
+        stand_before(tmp_path / "gateway", served.url, MULL_ADAPTERS=str(registry)) as gateway,
+        httpx.Client(base_url=gateway.url, timeout=120) as there,
+    ):
+        for version in (one, two):
+            assert point(api, "far", version=version).status_code == 200
+            time.sleep(0.3)
+            assert says(there, "far") == (version, versions[version])
+            assert says(there, "far", strategy="chain_of_thought") == (version, versions[version])
+        verifier = {"kind": "adapter", "adapter": "far-critic"}
+        body = {"model": "mull-tiny", **BODY, "temperature": 1, "seed": 1, "verifier": verifier}
+        here, over = (
+            at.post("/v1/strategies/best_of_n", json=body | {"n": 4}).json() for at in (api, there)
+        )
+        assert over["mull"]["adapters"] == {"far-critic": critic}
+        assert [at["text"] for at in over["candidates"]] == [
+            at["text"] for at in here["candidates"]
+        ]
+        for at, other in zip(over["candidates"], here["candidates"], strict=True):
+            assert at["score"] == pytest.approx(other["score"], abs=1e-3)
+        assert over["usage"]["completion_tokens"] == here["usage"]["completion_tokens"]
+    assert api.delete("/v1/adapters/far", headers=ADMIN).status_code == 200
+    assert api.delete("/v1/adapters/far-critic", headers=ADMIN).status_code == 200
+
+
 def test_a_search_is_judged_by_the_version_its_name_means(
     api: httpx.Client, imports: Path, versions
 ):

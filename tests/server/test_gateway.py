@@ -171,7 +171,9 @@ def test_what_names_no_strategy_is_the_servers_own(client: httpx.Client, there: 
     """Byte for byte, but for what differs between two replies of one server."""
 
     def bare(text: str) -> str:
-        return re.sub(r"(chatcmpl|resp|msg|cmpl|modelperm)[-_][0-9a-f]+|[0-9]{10}(\.[0-9]+)?", "X", text)
+        return re.sub(
+            r"(chatcmpl|resp|msg|cmpl|modelperm)[-_][0-9a-f]+|[0-9]{10}(\.[0-9]+)?", "X", text
+        )
 
     plain = BODY | {"temperature": 0}
     requests: list[tuple[str, str, Any]] = [
