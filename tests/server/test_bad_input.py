@@ -113,5 +113,5 @@ def test_schemathesis_finds_no_server_error(server):
         for mode in GenerationMode:
             with suppress(Unsatisfiable):  # an operation without parameters has no wrong ones
                 held(given(case=operation.as_strategy(generation_mode=mode))(probe))()
-    assert len(asked) == 5, asked
+    assert len(asked) == 7, asked
     assert httpx.get(f"{server.url}/health").status_code == 200
