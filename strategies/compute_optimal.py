@@ -123,8 +123,6 @@ class _Search:
         self._answers: list[str] = []
         self._places: dict[int, int] = {}
         """By candidate, which of the answers it gives."""
-        self._refused = False
-        """Whether something would still have paid, and the budget or other prompts had it."""
         budget = ctx.budget
         tokens = budget.left
         if tokens is None and budget.samples_left is not None:
@@ -163,7 +161,7 @@ class _Search:
         return await ctx.choose(
             self._problem,
             sorted(self._candidates, key=badness),
-            decided=not short and not self._refused and ctx.short is None,
+            decided=not short and ctx.short is None,
             scores=self._scores,
             votes={self._answers[place]: weight for place, weight in counted.items()},
             confidence=sure,
@@ -277,7 +275,6 @@ class _Search:
 
     def _turned_away(self) -> str:
         """Remember that there was more to gain, and say why it was not to be."""
-        self._refused = True
         seconds = self._ctx.budget.seconds_left
         if seconds is not None and seconds <= 0:
             self._ctx.fell_short("deadline")
@@ -338,9 +335,9 @@ class _Search:
         elif over or best(None, strategy.n).option is None:
             why = "nothing more can be had" if over else "nothing gains what it would cost"
         else:
-            self._refused, why = True, "nothing more can be had"
-            if late or best(None, most).option is not None:
-                self._ctx.fell_short("deadline" if late else "exhausted")
+            why = "nothing more can be had"
+            fits = best(None, most).option is not None  # into the samples that are left
+            self._ctx.fell_short("deadline" if late else "exhausted" if fits else "samples")
         self._record(decision, why)
         return decision
 

@@ -83,21 +83,12 @@ class Market:
     that is left, are refused at once. Changes only between awaits, so it needs no lock.
     """
 
-    def __init__(
-        self,
-        budget: Budget,
-        *,
-        prompts: int,
-        running: int,
-        changed: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`changed` is called after each grant and settlement."""
+    def __init__(self, budget: Budget, *, prompts: int, running: int) -> None:
         self.budget = budget
         self.probed = 0
         """Prompts that have had their probe, or will have none."""
         self._prompts = prompts
         self._running = running
-        self._changed = changed
         self._probes: dict[int, tuple[Probe, Answer]] = {}
         self._offers: list[tuple[float, int, int, Offer]] = []
         """Best first: (worth below zero, prompt, number, offer)."""
@@ -143,7 +134,6 @@ class Market:
             if not (self._probe_one() if self.probed < self._prompts else self._take_one()):
                 break
         self._refuse_hopeless()
-        self._changed()
 
     def _first(self, prompt: int) -> None:
         if prompt not in self._over:
@@ -258,8 +248,6 @@ class Bidder:
         self._share = share
         self.equal = equal
         self._held: tuple[Grant, Budget] | None = None
-        self.spent = 0
-        """Tokens, in all its steps."""
 
     def __enter__(self) -> Self:
         return self
@@ -334,7 +322,6 @@ class Bidder:
         """Give back what the last grant has not spent."""
         if self._held is not None:
             (grant, budget), self._held = self._held, None
-            self.spent += budget.spent
             budget.reserve(budget.left or 0, samples=0)  # what goes back is no longer its own
             unused = max(0, grant.samples - budget.samples)
             self._market.settle(self._prompt, budget.spent, unused=unused)
