@@ -53,6 +53,9 @@ class Settings(BaseModel):
     engine_restarts: int = Field(
         default=3, ge=0, description="New engines in place before the server gives up."
     )
+    drain_seconds: float = Field(
+        default=20.0, ge=0, le=3600, description="What is under way at a SIGTERM may still take."
+    )
     max_running_requests: int = Field(
         default=512, ge=1, description="Strategy requests at once; one more is told to come again."
     )

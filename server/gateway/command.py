@@ -1,19 +1,22 @@
 """`mull gateway`: serve the app until a signal comes."""
 
 import argparse
-import contextlib
-import signal
+import asyncio
 import sys
-from collections.abc import Generator
-from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from pydantic import ValidationError
 
+from server.door import Door, Leaving, Server
 from server.settings import Settings
+from strategies.core.aio import Background
 
-_DRAIN_SECONDS = 10
-"""What is under way at a signal may take as long."""
+if TYPE_CHECKING:
+    from server.gateway.app import Gateway
+
+_CLOSE_SECONDS = 5
+"""For connections to close, once all replies are made."""
 
 _KEEP_ALIVE_SECONDS = 75
 """Longer than clients and proxies keep an idle connection."""
@@ -51,36 +54,32 @@ def run(options: argparse.Namespace) -> int:
     from server.gateway.fleet import Fleet
 
     gateway = Gateway(Fleet(settings.upstreams, settings.terms), settings)
+    return asyncio.run(_serve(gateway, options, settings))
+
+
+async def _serve(gateway: "Gateway", options: argparse.Namespace, settings: Settings) -> int:
+    leaving, door = Leaving(), Door()
     config = uvicorn.Config(
-        gateway.app,
+        door,
         host=options.host,
         port=options.port,
         log_level="warning",
         access_log=False,
         server_header=False,
         date_header=False,
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
     )
-    server = _Server(config)
-    print(f"mull: gateway on http://{options.host}:{options.port}", file=sys.stderr, flush=True)
-    server.run()
+    server = Server(config)
+    async with (
+        gateway.app.router.lifespan_context(gateway.app),
+        Background(server.serve()) as serving,
+        Background(leaving.asked.wait()) as asked,
+    ):
+        door.app = gateway.app
+        print(f"mull: gateway on http://{options.host}:{options.port}", file=sys.stderr, flush=True)
+        await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
+        await door.drain(settings.drain_seconds, leaving.at_once)
+        server.should_exit = True
+        await serving
     return 0 if server.started else 1
-
-
-class _Server(uvicorn.Server):
-    """Ends with status 0 after a signal, where uvicorn would raise it again."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Stop at SIGTERM and SIGINT; twice, at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.handle_exit(number, frame)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

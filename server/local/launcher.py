@@ -6,7 +6,6 @@ socket stays open and answers 503 until the new one is ready.
 
 import asyncio
 import os
-import signal
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,8 +14,6 @@ from functools import partial
 from typing import Any, cast
 
 import uvicorn
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
 
 # Importing vLLM takes some six seconds, so the progress line comes before this module is imported.
@@ -30,7 +27,6 @@ from vllm.entrypoints.launchers.cli_args import (
     validate_parsed_serve_args,
 )
 from vllm.entrypoints.launchers.launcher import (
-    NoSignalServer,
     setup_server,  # pyright: ignore[reportUnknownVariableType]
 )
 from vllm.entrypoints.launchers.utils.server_utils import (
@@ -42,6 +38,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from models import MULL_TINY
+from server.door import Door, Leaving, Server
 from server.local import cpu, defaults
 from server.settings import Settings, fork_workers
 from strategies.core.aio import Background
@@ -83,13 +80,10 @@ async def serve(args: Namespace, settings: Settings, progress: Progress) -> int:
 
     It is not 0 if the engine died once too often.
     """
-    loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    leaving = Leaving()
     address, sock = setup_server(args, reuse_port=False)
     door = Door()
-    server = NoSignalServer(_uvicorn(args, door))
+    server = Server(_uvicorn(args, door))
     async with Background(server.serve(sockets=[sock])) as serving:
         try:
             for _ in range(settings.engine_restarts + 1):
@@ -97,7 +91,10 @@ async def serve(args: Namespace, settings: Settings, progress: Progress) -> int:
                 async with AsyncExitStack() as stack:
                     engine = await _start(args, server, door, stack, progress)
                     progress(f"ready on {address} after {time.monotonic() - began:.1f} s")
-                    died = await _until_over(engine, stopping, serving)
+                    died = await _until_over(engine, leaving.asked, serving)
+                    if not died:
+                        progress("finishing what is under way")
+                        await door.drain(settings.drain_seconds, leaving.at_once)
                 if not died:
                     return 0
                 progress("the engine died")
@@ -107,39 +104,6 @@ async def serve(args: Namespace, settings: Settings, progress: Progress) -> int:
             server.should_exit = True
             await serving
             sock.close()
-
-
-class Door:
-    """The ASGI app that uvicorn holds: the current vLLM app, or a 503 while there is none."""
-
-    def __init__(self) -> None:
-        self.app: ASGIApp | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] == "lifespan":
-            await _own_lifespan(receive, send)
-        elif self.app is not None:
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            error = {
-                "message": "the engine is starting",
-                "type": "service_unavailable",
-                "param": None,
-                "code": 503,
-            }
-            await JSONResponse({"error": error}, status_code=503, headers={"Retry-After": "5"})(
-                scope, receive, send
-            )
-
-
-async def _own_lifespan(receive: Receive, send: Send) -> None:
-    """Each vLLM app has a life of its own within the server's; see `_start`."""
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
 
 
 async def _start(

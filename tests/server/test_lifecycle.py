@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,39 @@ def test_a_dead_engine_is_replaced_and_a_signal_leaves_no_process(serve: Any, tm
         assert client.post(CHAT, json=short, timeout=60).status_code == 200
 
         family = served.family()
-        served.process.send_signal(signal.SIGTERM)
+        assert asked_at_a_signal(served, client) == (200, 503)
         assert served.process.wait(30) == 0
         _, alive = psutil.wait_procs(family[1:], timeout=10)
         assert not alive
+
+
+def asked_at_a_signal(served: Any, engine: httpx.Client) -> tuple[int, int]:
+    """The statuses of a search that ran already, and of a request that came later."""
+    ask = partial(
+        httpx.post,
+        f"{served.url}{CHAT}",
+        json=LONG | {"max_tokens": 400, "min_tokens": 400},
+        headers=engine.headers,
+        timeout=60,
+    )
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(ask().status_code))
+    thread.start()
+    while running(engine) == 0:
+        time.sleep(0.05)
+    served.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    late = ask().status_code
+    thread.join(60)
+    return statuses[0], late
+
+
+def test_a_gateway_finishes_its_searches_at_a_signal(
+    client: httpx.Client, server: Any, stand_before: Any, tmp_path: Path
+):
+    with stand_before(tmp_path / "gateway", server.url) as gateway:
+        assert asked_at_a_signal(gateway, client) == (200, 503)
+        assert gateway.process.wait(30) == 0
 
 
 def test_an_engine_that_keeps_dying_ends_the_server_with_an_error(serve: Any, tmp_path: Path):
