@@ -11,6 +11,7 @@ from bench import (
     overhead,
     overoptimise,
     search,
+    soak,
     speed,
     startup,
     throughput,
@@ -28,6 +29,7 @@ _BENCHES = (
     overhead,
     throughput,
     startup,
+    soak,
 )
 
 

@@ -20,7 +20,6 @@ import asyncio
 import json
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.plot import panels
+from bench.pool import FIXED, Pool, fixed, pooled
 from bench.search import groups
 from bench.serving import ask_all, bar, server
 from bench.stats import calibration_error, mean, median, shares, standard_error, tenths
@@ -46,10 +46,6 @@ NS = (1, 2, 4, 8, 16, 32)
 BATCHED = (2, 4, 8)
 """Samples whose tokens are a batch's budget a problem."""
 
-DRAWS = 64
-"""Random choices of n samples of a problem."""
-
-FIXED = ("majority", "weighted vote", "best-of-n")
 OURS = "compute-optimal"
 
 Curve = dict[int, list["Answered"]]
@@ -65,16 +61,6 @@ class Answered:
     confidence: float = 0.0
     planning: float = 0.0
     """The share of the wall time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One of a pool."""
-
-    right: bool
-    answer: str | None
-    score: float
-    tokens: int
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -139,21 +125,6 @@ async def _measure(
                 raise SystemExit(f"{kind}: {reply.text}")
             return reply.json()
 
-        async def pooled(item: Item) -> tuple[list[Sample], float]:
-            """All samples, and what judging one took."""
-            judged = {} if verifier is None else {"verifier": verifier}
-            found = await said("best_of_n", body(item) | {"n": NS[-1]} | judged)
-            samples = [
-                Sample(
-                    right=grade(item, one["text"]),
-                    answer=one["answer"] if one["finish_reason"] == "stop" else None,
-                    score=one["score"],
-                    tokens=one["tokens"],
-                )
-                for one in found["candidates"]
-            ]
-            return samples, found["mull"]["usage"]["verifier_tokens"] / len(samples)
-
         async def optimal(item: Item, tokens: float) -> Answered:
             began = time.monotonic()
             asked = {"budget": {"tokens": round(tokens)}, "trace": "full"}
@@ -173,9 +144,12 @@ async def _measure(
                     items, ask, clients=options.clients, progress=progress, label=label
                 )
 
-            pool = await all_of(pooled, f"{NS[-1]} samples, judged")
+            pool = await all_of(
+                lambda item: pooled(client, body(item) | {"n": NS[-1]}, item, verifier),
+                f"{NS[-1]} samples, judged",
+            )
             curves: dict[str, Curve] = {
-                method: {n: [_fixed(method, n, *one) for one in pool] for n in NS}
+                method: {n: [_fixed(method, n, one) for one in pool] for n in NS}
                 for method in (FIXED[:1] if verifier is None else FIXED)
             }
             each = mean([one.tokens for one in curves[[*curves][-1]][1]])
@@ -218,30 +192,10 @@ def _planning(trace: list[dict[str, Any]]) -> float:
     return seconds
 
 
-def _fixed(method: str, n: int, samples: Sequence[Sample], judging: float) -> Answered:
+def _fixed(method: str, n: int, pool: Pool) -> Answered:
     """The mean over choices of n samples."""
-    rng = random.Random(n)
-    n = min(n, len(samples))
-    drawn = [rng.sample(samples, n) for _ in range(DRAWS)]
-    tokens = n * fmean(one.tokens for one in samples)
-    return Answered(
-        right=fmean(_elected(method, some) for some in drawn),
-        tokens=tokens if method == "majority" else tokens + n * judging,
-    )
-
-
-def _elected(method: str, samples: Sequence[Sample]) -> bool:
-    """Whether what they elect is right; ties go to the earliest."""
-    if method == "best-of-n":
-        return max(samples, key=lambda one: one.score).right
-    votes: dict[str, float] = defaultdict(float)
-    for one in samples:
-        if one.answer is not None:
-            votes[one.answer] += 1.0 if method == "majority" else one.score
-    if not votes:
-        return False
-    winner = max(votes, key=lambda answer: votes[answer])
-    return next(one.right for one in samples if one.answer == winner)
+    right, tokens = fixed(method, n, pool)
+    return Answered(right=right, tokens=tokens)
 
 
 def _batch(reply: dict[str, Any], items: Sequence[Item]) -> tuple[list[float], int]:

@@ -1,10 +1,12 @@
 """Search against best-of-N with the same verifier: accuracy, tokens, wall time, cached prompts.
 
-Every method answers the same held-out problems. `--verifier NAME=PATH` serves a verifier adapter;
-with it everything is measured by likelihood, by the adapter, and by both together. JSON: `rows`
-has one object per method and family ("all" for all): `problems`, `accuracy` and
-`tokens` (generated per problem, verifiers' included) as [value, standard error], `seconds`
-(median per problem), `cached` (share of the engine's prompt tokens that were in the prefix cache).
+Every method answers the same held-out problems. Best-of-N and votes are read off one pool of 32
+samples a problem: the mean over choices of N of them. `--verifier NAME=PATH` serves a verifier
+adapter; with it they are measured by likelihood, by the adapter, and by both together, and searches
+are guided by the adapter. JSON: `rows` has one object per method and family ("all" for all):
+`problems`, `accuracy` and `tokens` (generated per problem, verifiers' included) as [value, standard
+error], and, of what was asked for by itself, `seconds` (median per problem) and `cached` (share of
+the engine's prompt tokens that were in the prefix cache).
 `differences`: accuracy in points as [value, standard error], paired by problem. `equal_tokens`:
 each search against best-of-N at its own number of tokens, interpolated on the curve of best-of-N.
 `pace`: for each search, how many times the seconds of best-of-16 it takes for a token, the median
@@ -18,6 +20,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from bench import bare
 from bench.plot import panels
+from bench.pool import Pool, fixed, pooled
 from bench.serving import ask_all, bar, server
 from bench.stats import mean, median, shares, standard_error
 from finetune.tiny.problems import FAMILIES, draw, exam, grade
@@ -36,7 +39,7 @@ from finetune.tiny.solution import Item, solution
 NS = (4, 8, 16, 32)
 """Samples of best-of-N, whose curve searches are compared with."""
 
-PACED = 24
+PACED = 16
 """Problems of each family that are asked one at a time."""
 
 SHOTS = (0, 2, 4)
@@ -45,15 +48,18 @@ SHOTS = (0, 2, 4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """What came of one problem; `tokens` are all that were generated."""
+    """What came of one problem, or of choices from its pool, which took no time of their own.
 
-    right: bool
-    tokens: int
-    seconds: float
-    prompt: int
-    cached: int
-    continued: int
-    continued_cached: int
+    `tokens` are all that were generated.
+    """
+
+    right: float
+    tokens: float
+    seconds: float | None = None
+    prompt: int = 0
+    cached: int = 0
+    continued: int = 0
+    continued_cached: int = 0
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +75,8 @@ def run(options: argparse.Namespace) -> None:
     items = exam(options.seed, options.problems)
     flags = ["--enable-lora", "--lora-modules", options.verifier] if options.verifier else []
     adapter = options.verifier.split("=")[0] if options.verifier else None
-    methods = _methods(adapter)
     with server(options.url, options.path, [] if options.url else flags) as base:
-        measuring = _measure(base, items, methods, verifiers(adapter), options)
+        measuring = _measure(base, items, verifiers(adapter), options)
         answered, paced, shown = asyncio.run(measuring)
     rows = [
         {"method": method, "family": family, **_row([answers[at] for at in chosen])}
@@ -81,11 +86,11 @@ def run(options: argparse.Namespace) -> None:
     figures = {
         "seed": options.seed,
         "clients": options.clients,
-        "methods": methods,
+        "searches": _searches(verifiers(adapter)),
         "rows": rows,
         "differences": _differences(answered, items, verifiers(adapter)),
         "equal_tokens": _equal_tokens(answered, items, verifiers(adapter)),
-        "pace": _pace(paced, verifiers(adapter)),
+        "pace": _pace(paced),
         "cached": [
             {"examples": shots, "prompt": prompt, "share": _share(answers)}
             for shots, (prompt, answers) in shown.items()
@@ -107,65 +112,74 @@ def verifiers(adapter: str | None) -> dict[str, Any]:
     return found
 
 
-def _methods(adapter: str | None) -> dict[str, dict[str, Any]]:
-    """The fields that each method adds to a request."""
-    methods: dict[str, dict[str, Any]] = {
-        "greedy": {"temperature": 0},
-        "majority, n=16": {
-            "strategy": {"kind": "self_consistency", "n": 16, "early_stop": "never"}
-        },
-    }
+def _guide(verifiers: dict[str, Any]) -> str:
+    """Who guides searches."""
+    return "adapter" if "adapter" in verifiers else "likelihood"
+
+
+def _searches(verifiers: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The step-wise searches."""
+    guide = _guide(verifiers)
+    judged = {"verifier": verifiers[guide]}
     beam = {"kind": "beam_search", "score": "min"}
-    for name, verifier in verifiers(adapter).items():
-        judged = {"verifier": verifier}
-        for n in NS:
-            methods[f"best-of-{n} by {name}"] = {"strategy": {"kind": "best_of_n", "n": n} | judged}
-        vote = {"kind": "best_of_n", "n": 16, "select": "weighted"}
-        methods[f"weighted vote of 16 by {name}"] = {"strategy": vote | judged}
+    return {
+        f"{title} by {guide}": {"strategy": search | judged}
         for title, search in {
             "beam 4 x 4": beam | {"width": 4, "branch": 4},
             "balanced 4 x 4": beam | {"width": 4, "branch": 4, "allocate": "balanced"},
             "diverse 4 x 4": beam | {"width": 4, "branch": 4, "allocate": "diverse"},
             "particles 16": beam | {"width": 16, "branch": 1, "allocate": "resample"},
             "tree, best first": {"kind": "tree_of_thoughts", "search": "best_first", "branch": 4},
-        }.items():
-            methods[f"{title} by {name}"] = {"strategy": search | judged}
-    return methods
+        }.items()
+    }
 
 
-def _searches(name: str, answered: dict[str, Any]) -> list[str]:
-    """The step-wise searches by a verifier."""
-    return [
-        method
-        for method in answered
-        if method.endswith(f" by {name}") and not method.startswith(("best-of", "weighted"))
-    ]
+def _read_off(pools: dict[str, list[Pool]]) -> dict[str, list[Answered]]:
+    """What choices of N samples elect, by verifier."""
+
+    def chosen(method: str, n: int, name: str) -> list[Answered]:
+        found = [fixed(method, n, pool) for pool in pools[name]]
+        return [Answered(right=right, tokens=tokens) for right, tokens in found]
+
+    answered = {"majority, n=16": chosen("majority", 16, "likelihood")}
+    for name in pools:
+        answered |= {f"best-of-{n} by {name}": chosen("best-of-n", n, name) for n in NS}
+        answered[f"weighted vote of 16 by {name}"] = chosen("weighted vote", 16, name)
+    return answered
 
 
 async def _measure(
     base: str,
     items: list[Item],
-    methods: dict[str, dict[str, Any]],
     verifiers: dict[str, Any],
     options: argparse.Namespace,
 ) -> tuple[
     dict[str, list[Answered]], dict[str, list[Answered]], dict[int, tuple[float, list[Answered]]]
 ]:
-    """By method, of all items at once, and of some one at a time with the methods in turns.
+    """By method, of all items; then of some, one at a time with the methods in turns.
 
     Then by number of worked examples: tokens of the prompt, and beam searches after them.
     """
     places = {item.identity: at for at, item in enumerate(items)}
+    guide, searches = _guide(verifiers), _searches(verifiers)
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
+
+        def body(item: Item) -> dict[str, Any]:
+            return {
+                "model": options.model,
+                "messages": [{"role": "user", "content": item.prompt}],
+                "max_tokens": 400,
+                "seed": options.seed + 1000 * places[item.identity],
+            }
 
         async def ask(item: Item, fields: dict[str, Any]) -> Answered:
             began = time.monotonic()
-            seed = options.seed + 1000 * places[item.identity]
-            body = await bare.ask(client, options.model, item, seed=seed, **fields)
-            usage = body.get("mull", {}).get("usage", {})
+            reply = await client.post("/v1/chat/completions", json=body(item) | fields)
+            found = reply.raise_for_status().json()
+            usage = found.get("mull", {}).get("usage", {})
             return Answered(
-                right=grade(item, body["choices"][0]["message"]["content"]),
-                tokens=body["usage"]["completion_tokens"],
+                right=float(grade(item, found["choices"][0]["message"]["content"])),
+                tokens=found["usage"]["completion_tokens"],
                 seconds=time.monotonic() - began,
                 prompt=usage.get("engine_prompt_tokens", 0),
                 cached=usage.get("engine_cached_tokens", 0),
@@ -174,38 +188,48 @@ async def _measure(
             )
 
         async def length(messages: list[dict[str, str]]) -> int:
-            body = {"model": options.model, "messages": messages}
-            reply = await client.post("/tokenize", json=body)
+            asked = {"model": options.model, "messages": messages}
+            reply = await client.post("/tokenize", json=asked)
             return reply.raise_for_status().json()["count"]
 
         with bar() as progress:
-            answered = {
-                method: await ask_all(
-                    items,
-                    lambda item, fields=fields: ask(item, fields),
-                    clients=options.clients,
-                    progress=progress,
-                    label=method,
+
+            async def all_of(ask: Callable[[Item], Any], label: str) -> list[Any]:
+                return await ask_all(
+                    items, ask, clients=options.clients, progress=progress, label=label
                 )
-                for method, fields in methods.items()
+
+            asked = {"greedy": {"temperature": 0}} | searches
+            answered: dict[str, list[Answered]] = {
+                method: await all_of(lambda item, fields=fields: ask(item, fields), method)
+                for method, fields in asked.items()
             }
+            pools: dict[str, list[Pool]] = {
+                name: await all_of(
+                    lambda item, verifier=verifier: pooled(
+                        client, body(item) | {"n": NS[-1]}, item, verifier
+                    ),
+                    f"{NS[-1]} samples by {name}",
+                )
+                for name, verifier in verifiers.items()
+            }
+            answered |= _read_off(pools)
             some = [item for one in FAMILIES for item in items if item.family == one]
             some = some[:: max(1, len(some) // (PACED * len(FAMILIES)))]
-            timed = [name for name in methods if name.startswith("best-of-16")]
-            for name in verifiers:
-                timed += _searches(name, methods)
+            best = {"kind": "best_of_n", "n": 16, "verifier": verifiers[guide]}
+            timed = {f"best-of-16 by {guide}": {"strategy": best}} | searches
             paced: dict[str, list[Answered]] = {method: [] for method in timed}
             task = progress.add_task("one at a time", total=len(some) * len(paced))
             for item in some:
                 for method, answers in paced.items():
-                    answers.append(await ask(item, methods[method]))
+                    answers.append(await ask(item, timed[method]))
                     progress.advance(task)
             shown: dict[int, tuple[float, list[Answered]]] = {}
             task = progress.add_task("cached prompts", total=len(some) * len(SHOTS))
             for shots in SHOTS:
                 asked = [_after(shots, item, options.seed) for item in some]
                 lengths = [float(await length(messages)) for messages in asked]
-                fields = methods["beam 4 x 4 by likelihood"]
+                fields = searches[f"beam 4 x 4 by {guide}"]
                 shown[shots] = (mean(lengths), [])
                 for item, messages in zip(some, asked, strict=True):
                     answer = await ask(item, fields | {"messages": messages})
@@ -237,11 +261,12 @@ def groups(items: list[Item]) -> list[tuple[str, list[int]]]:
 
 def _row(answers: list[Answered]) -> dict[str, Any]:
     prompt = sum(one.prompt for one in answers)
+    seconds = [one.seconds for one in answers if one.seconds is not None]
     return {
         "problems": len(answers),
-        "accuracy": _with_error([float(one.right) for one in answers]),
-        "tokens": _with_error([float(one.tokens) for one in answers]),
-        "seconds": median([one.seconds for one in answers]),
+        "accuracy": _with_error([one.right for one in answers]),
+        "tokens": _with_error([one.tokens for one in answers]),
+        "seconds": median(seconds) if seconds else None,
         "cached": sum(one.cached for one in answers) / prompt if prompt else None,
     }
 
@@ -259,7 +284,8 @@ def _differences(
         best = f"best-of-16 by {name}"
         for choice in (best, f"weighted vote of 16 by {name}"):
             pairs += [(choice, "majority, n=16"), (choice, "greedy")]
-        pairs += [(search, best) for search in _searches(name, answered)]
+    best = f"best-of-16 by {_guide(verifiers)}"
+    pairs += [(search, best) for search in _searches(verifiers)]
     return [
         {
             "one": one,
@@ -279,51 +305,54 @@ def _equal_tokens(
 ) -> list[dict[str, Any]]:
     """Each search against best-of-N with the same verifier and as many tokens."""
     rows: list[dict[str, Any]] = []
-    for name in verifiers:
-        for search in _searches(name, answered):
-            for family, chosen in groups(items):
-                curve = [[answered[f"best-of-{n} by {name}"][at] for at in chosen] for n in NS]
-                mine = [answered[search][at] for at in chosen]
-                weights = shares([_tokens(one) for one in curve], _tokens(mine))
-                points = [
-                    100.0
-                    * (own.right - sum(w * one.right for w, one in zip(weights, at, strict=True)))
-                    for own, *at in zip(mine, *curve, strict=True)
-                ]
-                rows.append(
-                    {
-                        "search": search,
-                        "family": family,
-                        "tokens": _tokens(mine),
-                        "n": sum(w * n for w, n in zip(weights, NS, strict=True)),
-                        "points": _with_error(points),
-                    }
-                )
-    return rows
-
-
-def _tokens(answers: list[Answered]) -> float:
-    return mean([float(one.tokens) for one in answers])
-
-
-def _pace(paced: dict[str, list[Answered]], verifiers: dict[str, Any]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for name in verifiers:
-        best = paced[f"best-of-16 by {name}"]
-        for search in _searches(name, paced):
-            ratios = [
-                (mine.seconds / mine.tokens) / (other.seconds / other.tokens)
-                for mine, other in zip(paced[search], best, strict=True)
+    guide = _guide(verifiers)
+    for search in _searches(verifiers):
+        for family, chosen in groups(items):
+            curve = [[answered[f"best-of-{n} by {guide}"][at] for at in chosen] for n in NS]
+            mine = [answered[search][at] for at in chosen]
+            weights = shares([_tokens(one) for one in curve], _tokens(mine))
+            points = [
+                100.0 * (own.right - sum(w * one.right for w, one in zip(weights, at, strict=True)))
+                for own, *at in zip(mine, *curve, strict=True)
             ]
             rows.append(
                 {
                     "search": search,
-                    "times_seconds_per_token": median(ratios),
-                    "seconds": median([one.seconds for one in paced[search]]),
-                    "best_of_16_seconds": median([one.seconds for one in best]),
+                    "family": family,
+                    "tokens": _tokens(mine),
+                    "n": sum(w * n for w, n in zip(weights, NS, strict=True)),
+                    "points": _with_error(points),
                 }
             )
     return rows
+
+
+def _tokens(answers: list[Answered]) -> float:
+    return mean([one.tokens for one in answers])
+
+
+def _pace(paced: dict[str, list[Answered]]) -> list[dict[str, Any]]:
+    [(_, best), *searches] = paced.items()
+
+    def a_token(one: Answered) -> float:
+        return _seconds(one) / one.tokens
+
+    return [
+        {
+            "search": search,
+            "times_seconds_per_token": median(
+                [a_token(one) / a_token(other) for one, other in zip(mine, best, strict=True)]
+            ),
+            "seconds": median([_seconds(one) for one in mine]),
+            "best_of_16_seconds": median([_seconds(one) for one in best]),
+        }
+        for search, mine in searches
+    ]
+
+
+def _seconds(one: Answered) -> float:
+    assert one.seconds is not None
+    return one.seconds
 
 
 def _show(figures: dict[str, Any]) -> None:
@@ -338,7 +367,7 @@ def _show(figures: dict[str, Any]) -> None:
             str(row["problems"]),
             "{:.3f} ± {:.3f}".format(*row["accuracy"]),
             "{:.0f} ± {:.0f}".format(*row["tokens"]),
-            f"{row['seconds']:.2f}",
+            "" if row["seconds"] is None else f"{row['seconds']:.2f}",
             "" if row["cached"] is None else f"{100 * row['cached']:.0f} %",
         )
     console.print(rows)
@@ -384,7 +413,8 @@ def _plot(figures: dict[str, Any], verifiers: dict[str, Any], path: str) -> None
             for axis, family in zip(line, FAMILIES, strict=True):
                 mine = {row["method"]: row for row in figures["rows"] if row["family"] == family}
                 curve = [mine[f"best-of-{n} by {name}"] for n in NS]
-                rest = [*_searches(name, mine), "greedy", "majority, n=16"]
+                searches = _searches(verifiers) if name == _guide(verifiers) else {}
+                rest = [*searches, "greedy", "majority, n=16"]
                 rest.append(f"weighted vote of 16 by {name}")
                 for label, rows in [("best-of-N", curve), *((one, [mine[one]]) for one in rest)]:
                     axis.errorbar(

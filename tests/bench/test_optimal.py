@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench.optimal import Answered, Sample, _elected, _fixed, _planning, _times
+from bench.optimal import Answered, _planning, _times
+from bench.pool import Pool, Sample, elected, fixed
 
 SAMPLES = [
     Sample(right=False, answer="1", score=0.9, tokens=10),
@@ -13,16 +14,17 @@ SAMPLES = [
 
 
 def test_votes_and_scores_elect_differently():
-    assert not _elected("best-of-n", SAMPLES)
-    assert _elected("majority", SAMPLES)
-    assert _elected("weighted vote", SAMPLES)
-    assert not _elected("majority", SAMPLES[3:])
+    assert not elected("best-of-n", SAMPLES)
+    assert elected("majority", SAMPLES)
+    assert elected("weighted vote", SAMPLES)
+    assert not elected("majority", SAMPLES[3:])
 
 
 def test_a_fixed_number_pays_for_its_samples_and_their_judge():
-    assert _fixed("majority", 4, SAMPLES, 5.0) == Answered(right=1.0, tokens=100.0)
-    assert _fixed("best-of-n", 4, SAMPLES, 5.0) == Answered(right=0.0, tokens=120.0)
-    assert _fixed("best-of-n", 1, SAMPLES, 5.0).right == pytest.approx(0.5, abs=0.2)
+    pool = Pool(samples=SAMPLES, judging=5.0)
+    assert fixed("majority", 4, pool) == (1.0, 100.0)
+    assert fixed("best-of-n", 4, pool) == (0.0, 120.0)
+    assert fixed("best-of-n", 1, pool)[0] == pytest.approx(0.5, abs=0.2)
 
 
 @pytest.mark.parametrize(

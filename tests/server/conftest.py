@@ -14,11 +14,14 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from hypothesis import settings
 
 from models import MULL_TINY
 from server.local.adapters import Base
 from server.local.defaults import has_bfloat16
 from tests.strategies.test_calibration import calibration
+
+settings.register_profile("long", max_examples=10_000)
 
 
 @dataclass
