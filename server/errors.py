@@ -16,6 +16,7 @@ from strategies.core.errors import (
     MullError,
     NoCandidate,
     NotFound,
+    StorageFailed,
     Unauthorized,
     VerifierFailed,
 )
@@ -30,6 +31,7 @@ _STATUS: dict[type[MullError], tuple[int, str]] = {
     VerifierFailed: (422, "verifier_failed"),
     Busy: (429, "rate_limit_exceeded"),
     EngineUnavailable: (503, "service_unavailable"),
+    StorageFailed: (507, "storage_failed"),
 }
 
 

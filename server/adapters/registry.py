@@ -21,7 +21,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from server.adapters.manifest import Manifest, read_manifest
-from strategies.core.errors import InvalidRequest, NotFound
+from strategies.core.errors import InvalidRequest, NotFound, StorageFailed
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _DIGITS = 12
@@ -126,12 +126,17 @@ class Registry:
 
     @contextmanager
     def incoming(self) -> Generator[Path]:
-        """A folder for an adapter that may become a version; gone after the block if it did not."""
-        folder = Path(mkdtemp(prefix=".incoming-", dir=self.root))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        """A folder for an adapter that may become a version; gone after the block if it did not.
+
+        Raises:
+            StorageFailed: It cannot be written.
+        """
+        with _written():
+            folder = Path(mkdtemp(prefix=".incoming-", dir=self.root))
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, name: str, folder: Path, digest: str) -> tuple[Version, bool]:
         """Make a folder of `incoming` a version, and say whether it is a new one.
@@ -344,6 +349,15 @@ class Registry:
     @contextmanager
     def _locked(self) -> Generator[None]:
         """One change at a time, over all servers."""
-        with (self.root / ".lock").open("w") as lock:
+        with _written(), (self.root / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+@contextmanager
+def _written() -> Generator[None]:
+    """What the disk refuses is told apart from what is wrong with a request."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(f"the registry cannot be written: {error.strerror}") from error

@@ -35,6 +35,10 @@ class EngineUnavailable(MullError):
     """The engine died or refuses work; the request may be tried again."""
 
 
+class StorageFailed(MullError):
+    """A disk is full, or cannot be written; nothing was changed."""
+
+
 class Busy(MullError):
     """Too much runs already; the request may come again after `seconds`."""
 

@@ -1,5 +1,6 @@
 """Runs on disk: kept if the operator wants it and the client does not mind; training reads them."""
 
+import asyncio
 import json
 import stat
 import time
@@ -12,12 +13,14 @@ import pytest
 
 from finetune import traces
 from server.archive import Archive
+from server.metrics import UNARCHIVED
 from server.run import Selection
 from server.trace import Trace
 from strategies.best_of_n import BestOfN
 from strategies.core.budget import Limits
 from strategies.core.types import Candidate, Outcome
 from tests.server.conftest import Served
+from tests.server.faults import full_disk
 
 QUESTION = "Use the numbers 3, 5, 2 with + - * / to make 16. Use each number once."
 BODY: dict[str, Any] = {
@@ -105,3 +108,19 @@ async def test_a_directory_that_went_away_fails_no_run(
     await archive.close()
     assert [one.message for one in caplog.records].count(caplog.records[0].message) == 1
     assert "traces are not kept" in caplog.records[0].message
+
+
+async def test_a_full_disk_costs_traces_only_and_they_come_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    archive = Archive(tmp_path, most_bytes=1 << 20)
+    before = UNARCHIVED._value.get()
+    with full_disk():
+        archive.keep(ended("one"))
+        archive.keep(ended("two"))
+        await asyncio.get_running_loop().run_in_executor(archive._writer, int)
+    archive.keep(ended("three"))
+    await archive.close()
+    assert [one["candidates"][0]["text"] for one in lines(tmp_path)] == ["three"]
+    assert UNARCHIVED._value.get() - before == 2
+    assert "traces are not kept" in caplog.text

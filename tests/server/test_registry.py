@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from server.adapters.registry import Registry, Rule, Version
-from strategies.core.errors import InvalidRequest, NotFound
+from strategies.core.errors import InvalidRequest, NotFound, StorageFailed
+from tests.server.faults import full_disk
 
 
 @pytest.fixture
@@ -149,3 +150,18 @@ def test_changes_from_many_sides_are_not_lost(registry: Registry):
     registry.point("prod", {ids[2]: 1.0}, {})
     assert registry.alias("prod").shares == {ids[2]: 1.0}
     registry.remove(ids[1])
+
+
+def test_a_full_disk_changes_nothing_and_is_named(registry: Registry):
+    one, two = (published(registry, "math", text).id for text in ("1", "2"))
+    registry.point("prod", {one: 1.0}, {})
+    before = registry.stamp()
+    with full_disk():
+        with pytest.raises(StorageFailed, match="cannot be written: File too large"):
+            published(registry, "math", "3")
+        with pytest.raises(StorageFailed):
+            registry.point("prod", {two: 1.0}, {})
+    assert registry.stamp() == before
+    assert registry.alias("prod").shares == {one: 1.0}
+    assert not [*registry.root.glob(".incoming-*")]
+    assert registry.point("prod", {two: 1.0}, {}).shares == {two: 1.0}
