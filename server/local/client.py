@@ -7,6 +7,7 @@ touched.
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 from vllm.inputs import EngineInput
@@ -16,6 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.calibration.shelf import Shelf
 from server.local.engine import Adapter, Asked, Client, LocalEngine
+from server.local.ranks import Ranks
 from server.run import Selection
 from server.search import Searches, Winner, check_fields
 from server.selection import SELECTION, equip, from_xargs, uncalibrated
@@ -36,8 +38,10 @@ class Reasoner:
         adapter: "Adapter",
         settings: Settings,
         shelf: Shelf,
+        ranks: Ranks,
     ) -> None:
         self._client = client
+        self._ranks = ranks
         self._searches = searches
         self._adapter = adapter
         self._settings = settings
@@ -77,6 +81,15 @@ class Reasoner:
 
         A stream gets the winner's pieces from the moment that nothing else can win.
         """
+        with self._ranks.home(asked.options) as options:
+            at_home = replace(asked, options=options)
+            async with aclosing(self._run(selection, at_home, problem)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _run(
+        self, selection: Selection, asked: Asked, problem: Problem
+    ) -> AsyncGenerator[RequestOutput, None]:
         streaming = asked.params.output_kind is RequestOutputKind.DELTA and problem.answers == 1
         name = f"run-{uuid.uuid4().hex}"
         engine = LocalEngine(

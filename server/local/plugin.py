@@ -30,6 +30,7 @@ from server.local.adapters import Adapters, Base
 from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
 from server.local.engine import Client, Judges, Vocabulary
+from server.local.ranks import Ranks
 from server.middleware import Choosing
 from server.routes import adapters, batch, calibrations, models, traces, verify
 from server.routes import strategies as routes
@@ -123,6 +124,7 @@ class Plugin:
             adapter=self._adapter,
             settings=self._settings,
             shelf=self._shelf,
+            ranks=Ranks(engine.vllm_config.parallel_config),
         )
 
     def models(self) -> set[str]:
