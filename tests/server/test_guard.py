@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import pytest
 from fastapi import FastAPI
 from pydantic import SecretStr
 
+from server.endpoints import Endpoint, Endpoints
 from server.gateway.app import Gateway
 from server.gateway.fleet import Fleet, Terms
 from server.keys.guard import Guard
 from server.keys.keyring import Keyring
 from server.local import launcher
 from server.settings import Settings
+from server.verifiers.catalogue import VERIFIERS
+from strategies.core.errors import VerifierFailed
 from strategies.core.testing import FakeEngine
 from tests.server.fake_upstream import FakeUpstream, Stream
 from tests.server.test_gateway_fleet import BODY, CHAT, TEXTS, before
@@ -325,7 +330,29 @@ async def test_no_redirect_of_an_upstream_is_followed(status: int):
 
 def test_a_client_names_no_address():
     """Verifiers name endpoints, which are the operator's."""
-    from server.verifiers.catalogue import VERIFIERS
-
     schemas = json.dumps([model.model_json_schema() for model in VERIFIERS.values()])
     assert not re.findall(r'"[^"]*(?:url|uri|host|address)[^"]*": \{', schemas, re.IGNORECASE)
+
+
+async def test_no_redirect_of_an_endpoint_is_followed():
+    asked: list[str] = []
+
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Redirecting) as there:
+        threading.Thread(target=there.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{there.server_port}"
+        endpoints = Endpoints({"judge": Endpoint(api="chat", url=url, model="m")})
+        with pytest.raises(VerifierFailed, match="status 307"):
+            await endpoints.post("judge", {})
+        await endpoints.close()
+        there.shutdown()
+    assert asked == ["/v1/chat/completions"]
