@@ -6,6 +6,7 @@ from contextlib import aclosing, contextmanager, suppress
 from heapq import heappop, heappush
 from time import monotonic
 
+from server.keys.accounts import Tab
 from strategies.core.engine import Engine
 from strategies.core.errors import Busy
 from strategies.core.types import Chunk, Generation, Labels, Turn
@@ -14,9 +15,15 @@ from strategies.core.types import Chunk, Generation, Labels, Turn
 class Place:
     """Where a request stands in the queue; the prompts of a batch stand in one."""
 
-    def __init__(self) -> None:
+    def __init__(self, tab: Tab | None = None) -> None:
+        self._tab = tab
         self.tag = 0.0
         """Of the candidate that it asked for last."""
+
+    @property
+    def step(self) -> int:
+        """From one candidate's tag to the next: requests of one key share what a key gets."""
+        return 1 if self._tab is None else self._tab.rivals
 
 
 class Admission:
@@ -50,18 +57,20 @@ class Admission:
             )
 
     @contextmanager
-    def enter(self) -> Generator[Place]:
+    def enter(self, tab: Tab | None = None) -> Generator[Place]:
         """Count a request while the block lasts."""
         self.requests += 1
         began = monotonic()
         try:
-            yield Place()
+            yield Place(tab)
         finally:
             self.requests -= 1
             self._typical += 0.1 * (monotonic() - began - self._typical)
 
     @contextmanager
-    def admit(self, engine: Engine, place: Place | None = None) -> Generator[Engine]:
+    def admit(
+        self, engine: Engine, place: Place | None = None, tab: Tab | None = None
+    ) -> Generator[Engine]:
         """The engine as one request may use it: each of its sequences waits for a slot.
 
         With the `place` of a request that is counted already, it stands there.
@@ -69,7 +78,7 @@ class Admission:
         if place is not None:
             yield Admitted(engine, self._gate, place)
             return
-        with self.enter() as place:
+        with self.enter(tab) as place:
             yield Admitted(engine, self._gate, place)
 
 
@@ -78,7 +87,8 @@ class Gate:
 
     The k-th candidate of a request that came when the clock stood at t has the tag t + k; the
     lowest tag goes first and sets the clock. So a short request overtakes the tail of a long one,
-    and newcomers without end put the clock forward, which brings that tail its turn.
+    and newcomers without end put the clock forward, which brings that tail its turn. Where a key
+    has m requests under way, the tags of each are m apart: it gets no more than one that has one.
     """
 
     def __init__(self, slots: int) -> None:
@@ -88,13 +98,13 @@ class Gate:
         self._asked = 0
         self.running = 0
 
-    def ask(self, last: float) -> tuple[float, asyncio.Future[bool]]:
-        """Ask for a slot after the request's `last` tag.
+    def ask(self, last: float, step: int = 1) -> tuple[float, asyncio.Future[bool]]:
+        """Ask for a slot `step` after the request's `last` tag.
 
         Gives the new tag, and a future that is true once the slot is there; resolve it with false
         to leave the queue.
         """
-        tag = max(self._clock, last) + 1
+        tag = max(self._clock, last) + step
         given: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._asked += 1
         heappush(self._waiting, (tag, self._asked, given))
@@ -136,7 +146,7 @@ class Admitted:
                 async for chunk in chunks:
                     yield chunk
             return
-        self._place.tag, given = self._gate.ask(self._place.tag)
+        self._place.tag, given = self._gate.ask(self._place.tag, self._place.step)
         self._asking[index] = given
         try:
             admitted = await given

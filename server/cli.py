@@ -13,6 +13,7 @@ from server.adapters import command
 from server.batch import command as batch
 from server.calibration import command as calibrate
 from server.gateway import command as gateway
+from server.keys import command as keys
 from server.local.defaults import environment
 from server.settings import Settings
 
@@ -27,8 +28,8 @@ Anthropic endpoints, each with strategies. Without MODEL, the embedded mull-tiny
 
 What Mull sets unless you do: --host 127.0.0.1, --scheduling-policy priority,
 --max-num-queued-reqs 4096, --enable-prompt-tokens-details, --uvicorn-log-level warning,
---disable-uvicorn-access-log; on a CPU also --block-size 32, and --dtype float32 where the processor
-has no bfloat16 instructions.
+--disable-uvicorn-access-log, --allowed-media-domains none.invalid; on a CPU also --block-size 32,
+and --dtype float32 where the processor has no bfloat16 instructions.
 
 Environment: MULL_CONFIG names a YAML file with presets, endpoints, limits and settings; each
 setting may also be set alone, as MULL_MAX_BODY_BYTES (16777216), MULL_ENGINE_RESTARTS (3),
@@ -37,7 +38,9 @@ MULL_HEARTBEAT_SECONDS (10), MULL_KEPT_TRACES (256), MULL_RUN_CODE (false), MULL
 directory that keeps runs on disk, to be learned from), MULL_MAX_TRACES_BYTES (1073741824),
 MULL_ADAPTERS (the registry's directory; it sets --enable-lora, --max-loras 4 and
 --max-cpu-loras 32), MULL_ADAPTER_IMPORTS (where adapters are taken in from),
-MULL_MAX_ADAPTER_BYTES (2147483648), MULL_ADMIN_KEY (who sends it may change adapters),
+MULL_MAX_ADAPTER_BYTES (2147483648), MULL_KEYS (the file of `mull keys`; with it, every request
+needs a key), MULL_ADMIN_KEY (who sends it may change adapters), MULL_OPEN_METRICS (false),
+MULL_MAX_TURNS (4096), MULL_MAX_SCHEMA_CHARS (262144),
 MULL_CALIBRATIONS (a directory of what `mull calibrate` has written), MULL_MAX_BATCH_PROMPTS (1000);
 and all of vLLM's.
 """
@@ -68,6 +71,7 @@ def main() -> None:
         "batch", help="answer a file of prompts under one budget, spent where it gains most"
     )
     batch.arguments(batching)
+    keys.arguments(commands.add_parser("keys", help="make, list and revoke keys of clients"))
     options, rest = parser.parse_known_args()
     if options.command == "doctor":
         if rest:
@@ -91,6 +95,10 @@ def main() -> None:
         if rest:
             parser.error(f"batch does not know: {' '.join(rest)}")
         sys.exit(_keyed(batch.run, options, "api_key"))
+    if options.command == "keys":
+        if rest:
+            parser.error(f"keys does not know: {' '.join(rest)}")
+        sys.exit(keys.run(options))
     if rest[:1] in (["--help"], ["-h"]):
         print(_SERVE_HELP, end="")
         return

@@ -46,19 +46,19 @@ def shape(error: Exception) -> dict[str, Any]:
         (row for cls, row in _STATUS.items() if isinstance(error, cls)), (500, "internal_error")
     )
     field = error.field if isinstance(error, InvalidRequest) else None
+    code = "invalid_api_key" if isinstance(error, Unauthorized) else status
     said = str(error) if isinstance(error, MullError) else "an internal error; see the server's log"
-    return {"error": {"message": said, "type": kind, "param": field, "code": status}}
+    return {"error": {"message": said, "type": kind, "param": field, "code": code}}
 
 
 def reply_to(error: Exception) -> JSONResponse:
     """An error as a whole reply."""
     seconds = error.seconds if isinstance(error, Busy) else 5
     status = status_of(error)
-    return JSONResponse(
-        shape(error),
-        status_code=status,
-        headers={"Retry-After": str(seconds)} if status in (429, 503) else None,
-    )
+    headers = {"Retry-After": str(seconds)} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(shape(error), status_code=status, headers=headers)
 
 
 async def handle(request: Request, error: Exception) -> JSONResponse:

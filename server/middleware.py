@@ -10,8 +10,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.adapters.binding import Names, bound
+from server.bounds import Bounds
 from server.calibration.shelf import Shelf
 from server.errors import reply_to
+from server.keys.accounts import TAB
 from server.reply import exact, mull_field, usage_of
 from server.run import Selection
 from server.selection import ENDPOINTS, MANY, SELECTION, choose, equip
@@ -41,6 +43,7 @@ class Choosing:
         self._models = models
         self._names = names
         self._settings = settings
+        self._bounds = Bounds(turns=settings.max_turns, schema_chars=settings.max_schema_chars)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -57,6 +60,7 @@ class Choosing:
                     return  # the client left before it had said everything
                 asked = body = _object(raw)
                 if body is not None:
+                    self._bounds(body)
                     headers, names, chosen = Headers(scope=scope), self._names(), body
                     if names is not None:
                         await names.look()
@@ -66,6 +70,7 @@ class Choosing:
                         )
                     if selection is not None:
                         equip(selection, chosen.get("model"), self._shelf, self._settings)
+                        selection.tab = scope.get(TAB)
                     binding = bound(names, chosen, selection, counted=path in ENDPOINTS)
                     asked = await stack.enter_async_context(binding)
                     if names is not None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.admission import Place
+from server.keys.accounts import Tab
 from server.trace import Detail, Trace, Usage
 from server.wire import JSON
 from strategies.core.answers import Answers
@@ -108,6 +109,8 @@ class Selection:
     """Of a prompt in a batch, who asks for its part of the budget."""
     place: Place | None = None
     """Where the batch stands among all requests, which has been admitted."""
+    tab: Tab | None = None
+    """What the request is charged to, where keys are checked."""
     versions: dict[str, str] = field(default_factory=dict[str, str])
     """By the name of an adapter in the strategy, the version that serves this request."""
     read: Reader | None = None

@@ -87,7 +87,7 @@ class Searches:
             if tell is not None and (piece := tell(event)) is not None:
                 heard.put_nowait(piece)
 
-        with self._admission.admit(engine, selection.place) as admitted:
+        with self._admission.admit(engine, selection.place, selection.tab) as admitted:
             run = Run(
                 selection,
                 problem,

@@ -20,6 +20,7 @@ from pydantic import (
 from server.adapters.registry import Rule
 from server.endpoints import Endpoint, check_url
 from server.gateway.fleet import Terms
+from server.keys.keyring import read as read_keys
 from server.verifiers.catalogue import Allowed, resolve
 from server.wire import as_object
 from strategies.core.budget import Limits
@@ -49,6 +50,10 @@ class Settings(BaseModel):
 
     max_body_bytes: int = Field(
         default=16 << 20, ge=1024, description="Largest request body that is read."
+    )
+    max_turns: int = Field(default=4096, ge=1, description="Of a conversation.")
+    max_schema_chars: int = Field(
+        default=1 << 18, ge=1, description="Of tools, and of what answers are to keep to, as JSON."
     )
     engine_restarts: int = Field(
         default=3, ge=0, description="New engines in place before the server gives up."
@@ -92,10 +97,16 @@ class Settings(BaseModel):
     max_adapter_bytes: int = Field(
         default=2 << 30, ge=1, description="Largest file of weights that is taken in."
     )
+    keys: Path | None = Field(
+        default=None, description="The file of `mull keys`; with it, every request needs a key."
+    )
+    open_metrics: bool = Field(
+        default=False, description="Show /metrics without a key, where others need one."
+    )
     admin_key: SecretStr | None = Field(
         default=None,
         min_length=8,
-        description="Who sends it may change adapters; unset: nobody.",
+        description="An admin's key beside those of the file, or without one, for adapters.",
     )
     api_key: SecretStr | None = Field(
         default=None, description="What `mull batch` sends to a server that wants a key."
@@ -156,6 +167,13 @@ class Settings(BaseModel):
             check_url(url)
         return urls
 
+    @field_validator("keys")
+    @classmethod
+    def _readable(cls, file: Path | None) -> Path | None:
+        if file is not None:
+            read_keys(file)
+        return file
+
     @field_validator("presets")
     @classmethod
     def _named(cls, presets: dict[str, Preset]) -> dict[str, Preset]:
@@ -176,6 +194,7 @@ class Settings(BaseModel):
         """How a gateway treats its upstreams."""
         return Terms(
             key=self.upstream_key,
+            keyed=self.keys is not None,
             connect_seconds=self.upstream_connect_seconds,
             silent_seconds=self.upstream_silent_seconds,
             connections=self.upstream_connections,
@@ -238,6 +257,7 @@ def prepare_vllm(*, cpu: bool, single_worker: bool) -> None:
         "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1"
     )  # the launcher replaces a dead engine
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # they would pass the allow-list
     # Longer than clients and proxies keep an idle connection: else one is sometimes closed under a
     # request that is on its way, as with vLLM's 5 s, which are httpx's, too.
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")

@@ -34,6 +34,8 @@ class Store:
             while len(self._ended) > self._kept:
                 self._ended.popitem(last=False)
             metrics.count(run)
+            if (tab := run.selection.tab) is not None:
+                tab.search(run.usage().generated)
             if self._archive is not None:
                 self._archive.keep(run)
 

@@ -206,7 +206,7 @@ async def course(
     admission.check()
     running = Running(asked, running=max(1, admission.slots // 2), owner=owner(request.headers))
     name = request.headers.get("x-request-id")
-    with admission.enter() as place, batches.keeping(name, running):
+    with admission.enter(asked.lines[0].selection.tab) as place, batches.keeping(name, running):
         async with aclosing(running.events(chat, request, place)) as events:
             async for one in events:
                 yield one

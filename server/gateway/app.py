@@ -24,6 +24,8 @@ from server.gateway.answering import Answering, Kind
 from server.gateway.fleet import Fleet
 from server.gateway.names import FleetNames
 from server.gateway.passing import Passing
+from server.keys.guard import Guard
+from server.keys.keyring import Keyring
 from server.middleware import Choosing
 from server.routes import batch, calibrations, models, strategies, traces, verify
 from server.search import Searches
@@ -74,6 +76,7 @@ class Gateway:
     def _built(self) -> FastAPI:
         settings, fleet = self._settings, self._fleet
         app = FastAPI(openapi_url=None, lifespan=self._living)
+        keys = app.state.keys = Keyring(settings.keys, admin=settings.admin_key)
         for one in (strategies, batch, traces, verify, calibrations):
             app.include_router(one.router)
         if settings.presets or self._names is not None:
@@ -93,6 +96,7 @@ class Gateway:
             shelf=self._shelf,
         )
         app.add_middleware(_Looking, gateway=self)
+        app.add_middleware(Guard, keys=keys, open_metrics=settings.open_metrics)
         return app
 
     @property

@@ -46,6 +46,8 @@ class Terms:
     """How a gateway treats its upstreams; `Settings` has the words."""
 
     key: SecretStr | None = None
+    keyed: bool = False
+    """Whether keys are checked here, and so are no business of an upstream's."""
     connect_seconds: float = 5.0
     silent_seconds: float = 120.0
     connections: int = 1024
@@ -247,7 +249,8 @@ class Fleet:
 
     def headers(self, headers: Mapping[str, str], key: str | None) -> dict[str, str]:
         """What an upstream hears of a request: who asks, and what it belongs to."""
-        said = {name: headers[name] for name in ("authorization", "traceparent") if name in headers}
+        names = ("traceparent",) if self.terms.keyed else ("authorization", "traceparent")
+        said = {name: headers[name] for name in names if name in headers}
         if self.terms.key is not None:
             said["authorization"] = f"Bearer {self.terms.key.get_secret_value()}"
         if key is not None:

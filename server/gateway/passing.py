@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import reply_to
 from server.gateway.fleet import SESSION, Fleet, Lost, Upstream
+from server.keys.keyring import CREDENTIALS
 from server.selection import ENDPOINTS
 from server.sse import gone
 from server.wire import as_object
@@ -138,8 +139,11 @@ class Passing:
         return True
 
     def _headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        key = self._fleet.terms.key
-        dropped = _OF_THE_LINE | ({"authorization"} if key is not None else set[str]())
+        key, dropped = self._fleet.terms.key, _OF_THE_LINE
+        if self._fleet.terms.keyed:
+            dropped = dropped | set(CREDENTIALS)
+        elif key is not None:
+            dropped = dropped | {"authorization"}
         found = [
             (name, value)
             for name, value in scope["headers"]

@@ -22,6 +22,8 @@ _ALWAYS = {
     "enable_prompt_tokens_details": True,
     "uvicorn_log_level": "warning",
     "disable_uvicorn_access_log": True,
+    # Of what a client names, nothing is fetched: it could name what only this machine reaches.
+    "allowed_media_domains": ["none.invalid"],
 }
 _ADAPTERS = {
     "enable_lora": True,

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
+from pydantic import SecretStr
 from starlette.datastructures import State
 from starlette.responses import JSONResponse
 from vllm import envs
@@ -23,9 +24,12 @@ from server.adapters.registry import Registry
 from server.admission import Admission
 from server.archive import Archive
 from server.batch.running import Batches
+from server.bounds import Bounded
 from server.calibration.shelf import Shelf
 from server.endpoints import Endpoints
 from server.errors import handle, nearest, reply_to
+from server.keys.guard import Guard
+from server.keys.keyring import Keyring
 from server.local.adapters import Adapters, Base
 from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
@@ -48,7 +52,10 @@ class Plugin:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._settings = Settings.read()
+        try:
+            self._settings = Settings.read()
+        except ValueError as error:  # vLLM would go on without us, and so without our keys
+            raise SystemExit(f"mull: the configuration is wrong: {error}") from None
         self._state: State | None = None
         self._adapters: Adapters | None = None
         self._shelf = Shelf(self._settings.calibrations)
@@ -73,6 +80,9 @@ class Plugin:
             settings=self._settings,
             shelf=self._shelf,
         )
+        app.add_middleware(Bounded, most_bytes=self._settings.max_body_bytes)
+        keys = app.state.keys = self._keyring(app.state.args)
+        app.add_middleware(Guard, keys=keys, open_metrics=self._settings.open_metrics)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -134,6 +144,20 @@ class Plugin:
         served = self._state.openai_serving_models
         names = {model.name for model in served.base_model_paths} | set(served.lora_requests)
         return names if self._adapters is None else names | self._adapters.names
+
+    def _keyring(self, args: Namespace) -> Keyring:
+        """With a file of keys, those of `--api-key` are clients' keys, too, and checked by us.
+
+        vLLM's own check would refuse all others, and looks at some paths only.
+        """
+        settings = self._settings
+        if settings.keys is None:
+            return Keyring(None, admin=settings.admin_key)
+        if not hasattr(args, "mull_clients"):  # a new engine brings a new app from the same args
+            said = args.api_key or [envs.VLLM_API_KEY]
+            args.mull_clients = [SecretStr(key) for key in said if key]
+            args.api_key = [""]  # none; without any, vLLM would go by VLLM_API_KEY
+        return Keyring(settings.keys, admin=settings.admin_key, clients=args.mull_clients)
 
     def _archive(self) -> Archive | None:
         settings = self._settings

@@ -1,6 +1,5 @@
-"""`/v1/adapters`: versions and aliases, for who holds the admin key; vLLM's own two routes, too."""
+"""`/v1/adapters`: versions and aliases, for who holds an admin's key; vLLM's two routes, too."""
 
-from hmac import compare_digest
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request
@@ -9,27 +8,24 @@ from starlette.responses import JSONResponse, Response
 
 from server.adapters.registry import Alias, check_name
 from server.errors import refusal
+from server.keys.keyring import Keyring
 from server.wire import body_of
-from strategies.core.errors import Forbidden, InvalidRequest, Unauthorized
+from strategies.core.errors import Forbidden, InvalidRequest
 
 T = TypeVar("T", bound=BaseModel)
 
 
 def admin(request: Request) -> None:
-    """Let pass who holds the admin key, in `X-Mull-Admin-Key` or as the bearer token.
+    """Let pass who holds a key of an admin, also where nothing else needs a key.
 
     Raises:
-        Forbidden: The operator has set none.
+        Forbidden: The operator has set none, or it is a client's.
         Unauthorized: It is another, or missing.
     """
-    key = request.app.state.settings.admin_key
-    if key is None:
+    keys: Keyring = request.app.state.keys
+    if not keys.administered:
         raise Forbidden("adapters are for the operator: set MULL_ADMIN_KEY, and send it")
-    said = request.headers.get("x-mull-admin-key") or request.headers.get(
-        "authorization", ""
-    ).removeprefix("Bearer ")
-    if not compare_digest(said.encode(), key.get_secret_value().encode()):
-        raise Unauthorized("this needs the admin key, in X-Mull-Admin-Key or as the bearer token")
+    keys.admit(request.headers, "admin")
 
 
 router = APIRouter(tags=["adapters"], dependencies=[Depends(admin)])

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from server.adapters.binding import bound
 from server.batch.asked import Asked, read
 from server.batch.running import course
+from server.keys.accounts import TAB
 from server.selection import owner
 from server.sse import EventStream, event, gone
 from server.wire import JSON, as_object, body_of
@@ -105,6 +106,7 @@ async def _happening(asked: Asked, request: Request) -> AsyncGenerator[tuple[str
     async with bound(state.adapters, first.body, first.selection) as body:
         for line in asked.lines:  # a name means one version in all of the batch
             line.selection.versions = first.selection.versions
+            line.selection.tab = request.scope.get(TAB)
         lines = tuple(replace(one, body=one.body | {"model": body["model"]}) for one in asked.lines)
         asked = replace(asked, lines=lines)
         events = course(asked, state.chat, request, state.admission, state.batches)

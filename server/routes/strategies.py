@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.adapters.binding import bound
 from server.errors import nearest
+from server.keys.accounts import TAB
 from server.reply import exact, native
 from server.run import Selection
 from server.selection import SELECTION, choose, equip, parse
@@ -135,6 +136,7 @@ async def solve(kind: str, request: Request) -> Response:
     )
     assert selection is not None
     equip(selection, asked.get("model"), state.shelf, state.settings)
+    selection.tab = request.scope.get(TAB)
     if streamed:
         events = _events(chat, asked, request, selection)
         return EventStream(events, heartbeat_seconds=state.settings.heartbeat_seconds)

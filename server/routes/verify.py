@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.adapters.binding import bound
 from server.errors import refusal
+from server.keys.accounts import TAB
 from server.selection import SELECTION, owner, select
 from server.wire import JSON, body_of
 from strategies.core.answers import AnswerFormat
@@ -73,6 +74,7 @@ async def verify(request: Request) -> Response:
     limits = asked.budget.capped(state.settings.limits)
     body, selection = select(strategy, limits, body, state.settings)
     selection.owner = owner(request.headers)
+    selection.tab = request.scope.get(TAB)
     token = SELECTION.set(selection)
     try:
         async with bound(state.adapters, body, selection) as body:

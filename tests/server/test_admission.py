@@ -1,11 +1,13 @@
 """Slots for candidates: never more than there are, fair between requests, none lost."""
 
 import asyncio
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 
 import pytest
 
 from server.admission import Admission
+from server.keys.accounts import Account
+from server.keys.keyring import Key
 from strategies.core.errors import Busy
 from strategies.core.testing import FakeEngine
 from strategies.core.types import Generation
@@ -111,3 +113,19 @@ async def test_one_request_too_many_is_told_when_to_come_again():
             admission.check()
         assert 1 <= caught.value.seconds <= 60
     admission.check()
+
+
+async def test_a_key_with_many_requests_gets_no_more_than_one_with_one():
+    admission = Admission(requests=9, candidates=1)
+    engine, log = FakeEngine([TEXT]), []
+    many, few = Account(), Account()
+    key = Key(name="a", digest="0" * 64)
+    with ExitStack() as stack:
+        asking = [("many", many)] * 4 + [("few", few)]
+        tabs = [(name, stack.enter_context(account.enter(key))) for name, account in asking]
+        engines = [
+            (name, stack.enter_context(admission.admit(engine, None, tab))) for name, tab in tabs
+        ]
+        await asyncio.gather(*(read(one, i, log, name) for name, one in engines for i in range(5)))
+    served = log[:10]  # while both want some
+    assert 4 <= served.count("few") <= 6
