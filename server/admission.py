@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Generator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from heapq import heappop, heappush
 from time import monotonic
 
+from server import metrics
 from strategies.core.engine import Engine
 from strategies.core.errors import Busy
 from strategies.core.types import Chunk, Generation, Labels, Turn
@@ -47,6 +48,7 @@ class Admission:
             raise Busy(
                 f"{self._most} requests are being searched for already; try again later",
                 seconds=round(min(60.0, max(1.0, self._typical))),
+                scarce="requests",
             )
 
     @contextmanager
@@ -55,7 +57,8 @@ class Admission:
         self.requests += 1
         began = monotonic()
         try:
-            yield Place()
+            with metrics.RUNNING.track_inprogress():
+                yield Place()
         finally:
             self.requests -= 1
             self._typical += 0.1 * (monotonic() - began - self._typical)
@@ -124,6 +127,8 @@ class Admitted:
         self._place = place
         self._asking: dict[int, asyncio.Future[bool]] = {}
         self._ended: set[int] = set()
+        self._begun = False
+        """Whether a candidate was asked for."""
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`; the wait for a slot comes first."""
@@ -138,8 +143,11 @@ class Admitted:
             return
         self._place.tag, given = self._gate.ask(self._place.tag)
         self._asking[index] = given
+        first = nullcontext() if self._begun else metrics.UNBEGUN.track_inprogress()
+        self._begun = True
         try:
-            admitted = await given
+            with metrics.WAITING.track_inprogress(), first:
+                admitted = await given
         except asyncio.CancelledError:
             if given.done() and not given.cancelled() and given.result():
                 self._gate.leave()  # it was given in the very moment of the cancellation
@@ -151,8 +159,9 @@ class Admitted:
             return
         sequence = self._engine.generate(generation)
         try:
-            async for chunk in sequence:
-                yield chunk
+            with metrics.CANDIDATES.track_inprogress():
+                async for chunk in sequence:
+                    yield chunk
         finally:
             try:
                 await sequence.aclose()

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import SecretStr
 
+from server import logs
 from server.adapters import command
 from server.batch import command as batch
 from server.calibration import command as calibrate
@@ -38,8 +39,8 @@ directory that keeps runs on disk, to be learned from), MULL_MAX_TRACES_BYTES (1
 MULL_ADAPTERS (the registry's directory; it sets --enable-lora, --max-loras 4 and
 --max-cpu-loras 32), MULL_ADAPTER_IMPORTS (where adapters are taken in from),
 MULL_MAX_ADAPTER_BYTES (2147483648), MULL_ADMIN_KEY (who sends it may change adapters),
-MULL_CALIBRATIONS (a directory of what `mull calibrate` has written), MULL_MAX_BATCH_PROMPTS (1000);
-and all of vLLM's.
+MULL_CALIBRATIONS (a directory of what `mull calibrate` has written), MULL_MAX_BATCH_PROMPTS (1000),
+MULL_LOG_FORMAT (text, or json); all of vLLM's; and OTEL_*, which ask for spans.
 """
 
 
@@ -114,13 +115,15 @@ def _serve(rest: list[str]) -> int:
     began = time.monotonic()
 
     def progress(text: str) -> None:
-        print(f"mull: {time.monotonic() - began:5.1f} s  {text}", file=sys.stderr, flush=True)
+        logs.announce(f"{time.monotonic() - began:5.1f} s  {text}")
 
     try:
         settings = Settings.read()
     except ValueError as error:
         print(f"mull: the configuration is wrong: {error}", file=sys.stderr)
         return 2
+    if settings.log_format == "json":
+        logs.begin()
     environment(rest)
     progress("loading vLLM")
     from server.local import launcher

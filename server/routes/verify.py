@@ -73,6 +73,7 @@ async def verify(request: Request) -> Response:
     limits = asked.budget.capped(state.settings.limits)
     body, selection = select(strategy, limits, body, state.settings)
     selection.owner = owner(request.headers)
+    selection.traceparent = request.headers.get("traceparent")
     token = SELECTION.set(selection)
     try:
         async with bound(state.adapters, body, selection) as body:
