@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Generator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from heapq import heappop, heappush
 from time import monotonic
 
+from server import metrics
 from server.keys.accounts import Tab
 from strategies.core.engine import Engine
 from strategies.core.errors import Busy
@@ -54,6 +55,7 @@ class Admission:
             raise Busy(
                 f"{self._most} requests are being searched for already; try again later",
                 seconds=round(min(60.0, max(1.0, self._typical))),
+                scarce="requests",
             )
 
     @contextmanager
@@ -62,7 +64,8 @@ class Admission:
         self.requests += 1
         began = monotonic()
         try:
-            yield Place(tab)
+            with metrics.RUNNING.track_inprogress():
+                yield Place(tab)
         finally:
             self.requests -= 1
             self._typical += 0.1 * (monotonic() - began - self._typical)
@@ -134,6 +137,8 @@ class Admitted:
         self._place = place
         self._asking: dict[int, asyncio.Future[bool]] = {}
         self._ended: set[int] = set()
+        self._begun = False
+        """Whether a candidate was asked for."""
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """See `Engine.generate`; the wait for a slot comes first."""
@@ -148,8 +153,11 @@ class Admitted:
             return
         self._place.tag, given = self._gate.ask(self._place.tag, self._place.step)
         self._asking[index] = given
+        first = nullcontext() if self._begun else metrics.UNBEGUN.track_inprogress()
+        self._begun = True
         try:
-            admitted = await given
+            with metrics.WAITING.track_inprogress(), first:
+                admitted = await given
         except asyncio.CancelledError:
             if given.done() and not given.cancelled() and given.result():
                 self._gate.leave()  # it was given in the very moment of the cancellation
@@ -161,8 +169,9 @@ class Admitted:
             return
         sequence = self._engine.generate(generation)
         try:
-            async for chunk in sequence:
-                yield chunk
+            with metrics.CANDIDATES.track_inprogress():
+                async for chunk in sequence:
+                    yield chunk
         finally:
             try:
                 await sequence.aclose()

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import SecretStr
 
+from server import logs
 from server.adapters import command
 from server.batch import command as batch
 from server.calibration import command as calibrate
@@ -40,9 +41,10 @@ MULL_ADAPTERS (the registry's directory; it sets --enable-lora, --max-loras 4 an
 --max-cpu-loras 32), MULL_ADAPTER_IMPORTS (where adapters are taken in from),
 MULL_MAX_ADAPTER_BYTES (2147483648), MULL_KEYS (the file of `mull keys`; with it, every request
 needs a key), MULL_ADMIN_KEY (who sends it may change adapters), MULL_OPEN_METRICS (false),
-MULL_MAX_TURNS (4096), MULL_MAX_SCHEMA_CHARS (262144),
-MULL_CALIBRATIONS (a directory of what `mull calibrate` has written), MULL_MAX_BATCH_PROMPTS (1000);
-and all of vLLM's.
+MULL_MAX_TURNS (4096), MULL_MAX_SCHEMA_CHARS (262144), MULL_DRAIN_SECONDS (20: what is under way at
+a SIGTERM may take as long), MULL_CALIBRATIONS (a directory of what `mull calibrate` has written),
+MULL_MAX_BATCH_PROMPTS (1000), MULL_LOG_FORMAT (text, or json); all of vLLM's; and OTEL_*, which ask
+for spans.
 """
 
 
@@ -122,13 +124,15 @@ def _serve(rest: list[str]) -> int:
     began = time.monotonic()
 
     def progress(text: str) -> None:
-        print(f"mull: {time.monotonic() - began:5.1f} s  {text}", file=sys.stderr, flush=True)
+        logs.announce(f"{time.monotonic() - began:5.1f} s  {text}")
 
     try:
         settings = Settings.read()
     except ValueError as error:
         print(f"mull: the configuration is wrong: {error}", file=sys.stderr)
         return 2
+    if settings.log_format == "json":
+        logs.begin()
     environment(rest)
     progress("loading vLLM")
     from server.local import launcher

@@ -1,7 +1,7 @@
 """Model servers that the operator names, which verifiers may ask over HTTP."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import httpx
@@ -78,22 +78,26 @@ class Endpoints:
         self._known = known
         self._clients: dict[str, httpx.AsyncClient] = {}
 
-    async def post(self, name: str, body: Mapping[str, object]) -> JSON:
+    async def post(
+        self, name: str, body: Mapping[str, object], headers: Mapping[str, str] | None = None
+    ) -> JSON:
         """See `strategies.core.engine.Remote`."""
         endpoint = self._known[name]
         client = self._clients.get(name)
         if client is None:
-            headers: dict[str, str] = {}
+            own: dict[str, str] = {}
             if endpoint.api_key is not None:
-                headers["Authorization"] = f"Bearer {endpoint.api_key.get_secret_value()}"
+                own["Authorization"] = f"Bearer {endpoint.api_key.get_secret_value()}"
             client = httpx.AsyncClient(
                 base_url=endpoint.url.rstrip("/"),
-                headers=headers,
+                headers=own,
                 timeout=endpoint.timeout_seconds,
             )
             self._clients[name] = client
         try:
-            reply = await client.post(_PATHS[endpoint.api], json={"model": endpoint.model, **body})
+            reply = await client.post(
+                _PATHS[endpoint.api], json={"model": endpoint.model, **body}, headers=headers
+            )
             reply.raise_for_status()
             said: Any = reply.json()
         except httpx.HTTPStatusError as error:
@@ -111,3 +115,15 @@ class Endpoints:
         """Close all connections."""
         for client in self._clients.values():
             await client.aclose()
+
+
+class Asking:
+    """The same for one run, as `Remote`: what they are asked says which call of the run it is."""
+
+    def __init__(self, endpoints: Endpoints, headers: Callable[[int], Mapping[str, str]]) -> None:
+        self._endpoints = endpoints
+        self._headers = headers
+
+    async def post(self, name: str, body: Mapping[str, object], index: int) -> JSON:
+        """See `Remote.post`."""
+        return await self._endpoints.post(name, body, self._headers(index))

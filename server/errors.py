@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from server import metrics
 from strategies.core.errors import (
     BudgetSpent,
     Busy,
@@ -52,7 +53,10 @@ def shape(error: Exception) -> dict[str, Any]:
 
 
 def reply_to(error: Exception) -> JSONResponse:
-    """An error as a whole reply."""
+    """An error as a whole reply, which is counted."""
+    kind = shape(error)["error"]["type"]
+    scarce = error.scarce if isinstance(error, Busy) else None
+    metrics.REFUSED.labels(scarce or kind).inc()
     seconds = error.seconds if isinstance(error, Busy) else 5
     status = status_of(error)
     headers = {"Retry-After": str(seconds)} if status in (429, 503) else {}

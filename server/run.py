@@ -101,6 +101,8 @@ class Selection:
     """A digest of the key that asked."""
     request_id: str | None = None
     """The client's own name of the request."""
+    traceparent: str | None = None
+    """The span that the request is, or is made under, as W3C writes it."""
     user: str | None = None
     """Whom the client says it asks for; it stands in the trace."""
     calibration: Calibration | None = None

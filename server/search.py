@@ -1,16 +1,18 @@
 """A strategy on a problem, from admission to the stored trace, whoever runs the engine."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from server.admission import Admission
+from server.endpoints import Asking, Endpoints
 from server.run import Run, Selection
 from server.store import Store
+from server.tracing import below, call
 from server.verifiers.catalogue import adapters
 from strategies.core.aio import Background
 from strategies.core.answers import Answers
-from strategies.core.engine import Engine, Remote
+from strategies.core.engine import Engine
 from strategies.core.errors import InvalidRequest
 from strategies.core.events import Committed, Event, Grown
 from strategies.core.sandbox import Sandbox
@@ -55,13 +57,21 @@ class Searches:
     """What all runs of a server share."""
 
     def __init__(
-        self, *, admission: Admission, store: Store, sandbox: Sandbox, remote: Remote
+        self,
+        *,
+        admission: Admission,
+        store: Store,
+        sandbox: Sandbox,
+        remote: Endpoints,
+        traced: bool = False,
     ) -> None:
+        """`traced` is whether runs become spans."""
         self._admission = admission
         self._store = store
         self._sandbox = sandbox
         self._answers = Answers(sandbox)
         self._remote = remote
+        self._traced = traced
 
     def check(self, selection: Selection) -> None:
         """Refuse one more request while too many search already; see `Admission.check`.
@@ -87,6 +97,10 @@ class Searches:
             if tell is not None and (piece := tell(event)) is not None:
                 heard.put_nowait(piece)
 
+        def headers(index: int) -> Mapping[str, str]:
+            parent = selection.traceparent if self._traced else None
+            return {} if parent is None else below(parent, call(name, index))
+
         with self._admission.admit(engine, selection.place, selection.tab) as admitted:
             run = Run(
                 selection,
@@ -96,7 +110,7 @@ class Searches:
                 self._answers,
                 listen,
                 name,
-                remote=self._remote,
+                remote=Asking(self._remote, headers),
             )
             selection.begin(run)
             with self._store.keeping(run):

@@ -438,6 +438,7 @@ def _sign(selection: Selection, body: JSON, headers: Mapping[str, str]) -> None:
     user = body.get("user")
     selection.owner = owner(headers)
     selection.request_id = headers.get("x-request-id")
+    selection.traceparent = headers.get("traceparent")
     selection.user = user if isinstance(user, str) else None
     if (stored := body.get("store")) not in (None, True, False):
         raise InvalidRequest("'store' is true or false", field="store")

@@ -4,7 +4,7 @@ import os
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -26,6 +26,9 @@ from server.wire import as_object
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest
 from strategies.registry import STRATEGIES, AnyStrategy
+
+_OTLP = ("TRACES_", "")
+"""What is said of spans alone comes before what is said of all signals."""
 
 _FILE_ONLY = {"limits", "presets", "endpoints", "adapter_gate", "efforts"}
 
@@ -75,6 +78,10 @@ class Settings(BaseModel):
     )
     kept_traces: int = Field(
         default=256, ge=0, le=100_000, description="Ended runs that GET /v1/traces still knows."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text",
+        description="`json`: lines for machines, one for each search that is over, too.",
     )
     traces: Path | None = Field(
         default=None, description="A directory that keeps runs on disk, to be learned from."
@@ -201,6 +208,7 @@ class Settings(BaseModel):
             failures=self.upstream_failures,
             rest_seconds=self.upstream_rest_seconds,
             retries=self.upstream_retries,
+            traced=bool(exporters()),
         )
 
     @model_validator(mode="after")
@@ -273,6 +281,26 @@ def prepare_vllm(*, cpu: bool, single_worker: bool) -> None:
         os.environ["VLLM_PLUGINS"] = f"{allowed},mull" if allowed else "mull"
     else:
         os.environ["VLLM_PLUGINS"] = allowed
+
+
+def exporters() -> tuple[str, ...]:
+    """The exporters of spans that OTEL_* ask for, by the names of their entry points.
+
+    Raises:
+        ValueError: There is no such protocol.
+    """
+    named = os.environ.get("OTEL_TRACES_EXPORTER")
+    if named is None and any(os.environ.get(f"OTEL_EXPORTER_OTLP_{one}ENDPOINT") for one in _OTLP):
+        named = "otlp"
+    if not named or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return ()
+    said = (os.environ.get(f"OTEL_EXPORTER_OTLP_{one}PROTOCOL") for one in _OTLP)
+    protocol = next(filter(None, said), "grpc")  # vLLM's and OpenTelemetry's own for Python
+    known = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
+    if protocol not in known:
+        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL: '{protocol}' is none of {', '.join(known)}")
+    asked = [one.strip() for one in named.split(",")]
+    return tuple(known[protocol] if one == "otlp" else one for one in asked if one != "none")
 
 
 def fork_workers() -> None:

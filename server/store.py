@@ -3,20 +3,28 @@
 from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Protocol
 
-from server import metrics
-from server.archive import Archive
+from server import logs, metrics
 from server.run import Run
 from strategies.core.errors import NotFound
 from strategies.core.events import Failed
 
 
-class Store:
-    """Keeps every running run, and the `kept` that ended last, in memory; and all in an archive."""
+class Keeper(Protocol):
+    """Is given each run that is over, and never waits."""
 
-    def __init__(self, kept: int, archive: Archive | None = None) -> None:
+    def keep(self, run: Run) -> None:
+        """Make of it what is to outlive it."""
+        ...
+
+
+class Store:
+    """Keeps every running run, and the `kept` that ended last, in memory; others keep the rest."""
+
+    def __init__(self, kept: int, *keepers: Keeper) -> None:
         self._kept = kept
-        self._archive = archive
+        self._keepers = keepers
         self._running: dict[str, Run] = {}
         self._ended: OrderedDict[str, Run] = OrderedDict()
 
@@ -36,8 +44,9 @@ class Store:
             metrics.count(run)
             if (tab := run.selection.tab) is not None:
                 tab.search(run.usage().generated)
-            if self._archive is not None:
-                self._archive.keep(run)
+            logs.tell(run)
+            for keeper in self._keepers:
+                keeper.keep(run)
 
     def find(self, name: str, owner: str) -> Run:
         """The run of that id, or the newest of that `X-Request-Id`.

@@ -23,6 +23,7 @@ from strategies.core.events import (
     Sampled,
     Scored,
     Started,
+    Verified,
     Voted,
 )
 from strategies.core.types import Candidate
@@ -83,6 +84,8 @@ class Trace:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self.began = time.time()
+        """By the clock on the wall, which may jump; all else goes by the other."""
         self._followers: set[asyncio.Queue[Timed | None]] = set()
         self.over = False
         self.events: list[Timed] = []
@@ -229,6 +232,9 @@ def told(timed: Timed) -> dict[str, Any]:
                 said |= {"parent": candidate.parent, "text": candidate.text}
         case Scored():
             said |= {"index": event.index, "score": event.score, "steps": list(event.steps)}
+        case Verified():
+            said |= {"verifier": event.verifier, "candidates": event.candidates}
+            said |= {"done": event.done}
         case Read():
             said |= {"tokens": event.tokens}
         case Consulted():

@@ -63,7 +63,7 @@ async def bound(
             meant = await _held(names, every, stack)
         for name, version in meant.items():
             if counted and name != version:
-                metrics.ALIASED.labels(name, version).inc()
+                metrics.aliased(name, version)
         if selection is not None:
             own = {name: meant[name] for name in inner if name in meant}
             selection.versions = {name: version for name, version in own.items() if version != name}

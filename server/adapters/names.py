@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from math import inf
 
+from server import metrics
 from server.adapters.registry import Alias, Registry
 
 _STALE_SECONDS = 0.25
@@ -40,7 +41,15 @@ class Watched:
                 try:
                     stamp = await asyncio.to_thread(self._registry.stamp)
                     if stamp != self._stamp:
+                        before = self.aliases
                         self.aliases, self.versions = await asyncio.to_thread(self._read)
+                        metrics.FLIPS.inc(
+                            sum(
+                                one.shares != self.aliases[name].shares
+                                for name, one in before.items()
+                                if name in self.aliases
+                            )
+                        )
                         self._stamp = stamp
                 except OSError:
                     _log.exception("the registry of adapters cannot be read")

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from server import metrics
 from server.adapters.registry import Version
 from strategies.core.errors import Busy
 
@@ -43,6 +44,7 @@ class Residents:
         self._meant: frozenset[str] = frozenset()
         self._pinned: frozenset[str] = frozenset()
         self._changing = asyncio.Lock()
+        metrics.RESIDENT.set(0)  # there may have been another engine
 
     def __contains__(self, id: str) -> bool:
         return id in self._slots
@@ -65,8 +67,10 @@ class Residents:
             try:
                 if version.id not in self._slots:
                     await self._make_room(deadline)
-                    await self._load(version)
+                    with metrics.LOADING.time(), metrics.LOAD_FAILED.count_exceptions():
+                        await self._load(version)
                     self._slots[version.id] = _Slot()
+                    metrics.RESIDENT.set(len(self._slots))
                 slot = self._take(version.id)
             finally:
                 self._changing.release()
@@ -121,7 +125,8 @@ class Residents:
         async with self._changing:
             slot = self._slots.get(id)
             if slot is not None and slot.users:
-                raise Busy(f"'{id}' is in use by {slot.users} requests", seconds=1)
+                users = f"'{id}' is in use by {slot.users} requests"
+                raise Busy(users, seconds=1, scarce="adapters")
             if slot is not None:
                 await self._drop(id)
             yield
@@ -147,6 +152,7 @@ class Residents:
             f"{self.most} adapters are in use or pinned, and the engine holds no more "
             "(--max-cpu-loras)",
             seconds=1,
+            scarce="adapters",
         )
 
     async def _make_room(self, deadline: float) -> None:
@@ -165,4 +171,5 @@ class Residents:
     async def _drop(self, id: str) -> None:
         if not self._slots[id].users:
             del self._slots[id]  # first, so that nobody takes it while it goes
+            metrics.RESIDENT.set(len(self._slots))
             await self._unload(id)

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -12,7 +13,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server import metrics
 from server.adapters.registry import Registry
 from server.admission import Admission
 from server.archive import Archive
@@ -37,6 +37,9 @@ from server.wire import JSON, as_object, body_of
 from strategies.core.aio import Background
 from strategies.core.errors import EngineUnavailable, InvalidRequest, MullError
 from strategies.core.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from server.otel import Tracing
 
 _LOOK_SECONDS = 1.0
 """How often is seen whether an upstream is to be asked again what it serves."""
@@ -63,8 +66,9 @@ class Served:
 class Gateway:
     """An app over a fleet, and what it lives by."""
 
-    def __init__(self, fleet: Fleet, settings: Settings) -> None:
+    def __init__(self, fleet: Fleet, settings: Settings, tracing: "Tracing | None" = None) -> None:
         self._fleet = fleet
+        self._tracing = tracing
         self._settings = settings
         self._shelf = Shelf(settings.calibrations)
         self._names: FleetNames | None = None
@@ -97,6 +101,8 @@ class Gateway:
         )
         app.add_middleware(_Looking, gateway=self)
         app.add_middleware(Guard, keys=keys, open_metrics=settings.open_metrics)
+        if self._tracing is not None:
+            app.add_middleware(self._tracing.requests)
         return app
 
     @property
@@ -123,7 +129,8 @@ class Gateway:
         if settings.traces is not None:
             archive = Archive(settings.traces, most_bytes=settings.max_traces_bytes)
         state.settings = settings
-        state.store = Store(settings.kept_traces, archive)
+        keepers = [one for one in (archive, self._tracing) if one is not None]
+        state.store = Store(settings.kept_traces, *keepers)
         state.shelf, state.base = self._shelf, self._served
         state.adapters = self._names
         state.served = lambda: self.models
@@ -131,9 +138,13 @@ class Gateway:
         candidates = settings.max_running_candidates or _CANDIDATES * len(self._fleet.upstreams)
         admission = Admission(requests=settings.max_running_requests, candidates=candidates)
         state.admission, state.batches = admission, Batches()
-        metrics.RUNNING.set_function(lambda: admission.requests)
-        metrics.CANDIDATES.set_function(lambda: admission.candidates)
-        searches = Searches(admission=admission, store=state.store, sandbox=sandbox, remote=remote)
+        searches = Searches(
+            admission=admission,
+            store=state.store,
+            sandbox=sandbox,
+            remote=remote,
+            traced=self._tracing is not None,
+        )
         state.chat = Answering(self._fleet, names=self._names, searches=searches)
         async with Background(self._watch()):
             try:
@@ -141,8 +152,8 @@ class Gateway:
             finally:
                 await sandbox.close()
                 await remote.close()
-                if archive is not None:
-                    await archive.close()
+                for one in keepers:
+                    await one.close()
                 await self._fleet.close()
 
     async def _watch(self) -> None:

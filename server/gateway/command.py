@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from pydantic import ValidationError
+from uvicorn.config import LOGGING_CONFIG
 
 from server.door import Door, Leaving, Server
+from server.logs import LINES, announce
 from server.settings import Settings
+from server.tracing import tracing
 from strategies.core.aio import Background
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
         if options.upstream:
             named = {"upstreams": options.upstream}
             settings = Settings.model_validate(dict(settings) | named)
+        followed = tracing()
     except ValidationError as error:
         print(f"mull: --upstream: {error.errors()[0]['msg']}", file=sys.stderr)
         return 2
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from server.gateway.app import Gateway
     from server.gateway.fleet import Fleet
 
-    gateway = Gateway(Fleet(settings.upstreams, settings.terms), settings)
+    gateway = Gateway(Fleet(settings.upstreams, settings.terms), settings, followed)
     return asyncio.run(_serve(gateway, options, settings))
 
 
@@ -64,6 +68,7 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace, settings: Sett
         host=options.host,
         port=options.port,
         log_level="warning",
+        log_config=LINES if settings.log_format == "json" else LOGGING_CONFIG,
         access_log=False,
         server_header=False,
         date_header=False,
@@ -77,7 +82,7 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace, settings: Sett
         Background(leaving.asked.wait()) as asked,
     ):
         door.app = gateway.app
-        print(f"mull: gateway on http://{options.host}:{options.port}", file=sys.stderr, flush=True)
+        announce(f"gateway on http://{options.host}:{options.port}")
         await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
         await door.drain(settings.drain_seconds, leaving.at_once)
         server.should_exit = True

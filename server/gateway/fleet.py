@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 from pydantic import SecretStr
 
+from server import metrics
 from server.wire import JSON, as_list, as_object
 from strategies.core.aio import Arrivals
 from strategies.core.errors import (
@@ -54,6 +55,8 @@ class Terms:
     failures: int = 3
     rest_seconds: float = 5.0
     retries: int = 2
+    traced: bool = False
+    """Whether runs become spans here, so that what upstreams do is below those."""
 
 
 class Lost(EngineUnavailable):
@@ -133,6 +136,11 @@ class Upstream:
         """The names that it serves."""
         return {str(card.get("id")) for card in self.cards}
 
+    @property
+    def name(self) -> str:
+        """Where it is, without what a URL may hold of passwords."""
+        return self.client.base_url.netloc.decode()
+
     @asynccontextmanager
     async def asked(self, request: httpx.Request) -> AsyncGenerator[httpx.Response]:
         """The reply to a request, whose body is still to be read; it is closed after the block.
@@ -142,7 +150,11 @@ class Upstream:
         """
         self.running += 1
         try:
-            with self.breaker.attempt():
+            with (
+                metrics.ASKED.labels(self.name).track_inprogress(),
+                metrics.FAILED.labels(self.name).count_exceptions(Lost),
+                self.breaker.attempt(),
+            ):
                 try:
                     reply = await self.client.send(request, stream=True)
                     try:
@@ -156,6 +168,7 @@ class Upstream:
                     raise Lost(f"an upstream did not answer ({what}); try again") from error
         finally:
             self.running -= 1
+            metrics.OPEN.labels(self.name).set(self.breaker.open)
 
 
 class Fleet:
@@ -273,6 +286,7 @@ class Fleet:
             )
             if upstream is None:
                 break
+            metrics.RETRIED.inc(bool(tried))
             tried.append(upstream)
             try:
                 return await self._answer(upstream, "POST", path, body, headers)
@@ -392,7 +406,8 @@ def refused(status: int, raw: bytes, headers: Mapping[str, str]) -> MullError:
             return NotFound(reason)
         case 429:
             after = headers.get("retry-after", "")
-            return Busy(reason, seconds=min(3600, int(after)) if after.isdecimal() else 1)
+            seconds = min(3600, int(after)) if after.isdecimal() else 1
+            return Busy(reason, seconds=seconds, scarce="upstreams")
         case _ if 400 <= status < 500:
             return InvalidRequest(reason, field=param if isinstance(param, str) else None)
         case 502 | 503 | 504:

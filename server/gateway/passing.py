@@ -9,6 +9,7 @@ import httpx
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
+from server import metrics
 from server.errors import reply_to
 from server.gateway.fleet import SESSION, Fleet, Lost, Upstream
 from server.keys.keyring import CREDENTIALS
@@ -80,6 +81,7 @@ class Passing:
             upstream = self._fleet.place(key, model, but=tried)
             if upstream is None:
                 break
+            metrics.RETRIED.inc(bool(tried))
             tried.append(upstream)
             begun = False
 
@@ -132,6 +134,7 @@ class Passing:
                 if name.lower().decode("latin-1") not in _OF_THE_LINE
             ]
             status = reply.status_code
+            metrics.PASSED.labels(f"{status // 100}xx").inc()
             await send({"type": "http.response.start", "status": status, "headers": headers})
             async for piece in reply.aiter_raw():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})

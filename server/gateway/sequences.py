@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 
+from server import metrics
 from server.gateway.fleet import Fleet, Lost, Upstream, refused
+from server.tracing import TRACEPARENT, below, call
 from server.wire import JSON, as_list, as_object
 from strategies.core.aio import Background
 from strategies.core.errors import EngineUnavailable, MullError
@@ -98,6 +100,7 @@ class Sequences:
         tried: list[Upstream] = []
         while index not in self._ended:
             upstream = self._place(tried)
+            metrics.RETRIED.inc(bool(tried))
             tried.append(upstream)
             begun = False
             try:
@@ -127,10 +130,11 @@ class Sequences:
         """The events of a reply."""
         if not pieces and _aborts(upstream):
             body = _RARELY | body
-        name = f"{self._name}-{index}"
-        request = upstream.client.build_request(
-            "POST", self._path, json=body, headers={**self._headers, "X-Request-Id": name}
-        )
+        name = call(self._name, index)
+        headers = {**self._headers, "X-Request-Id": name}
+        if self._fleet.terms.traced and TRACEPARENT in headers:
+            headers |= below(headers[TRACEPARENT], name)
+        request = upstream.client.build_request("POST", self._path, json=body, headers=headers)
         heard: asyncio.Queue[_Piece] = asyncio.Queue()
         running = self._running[index] = _Running(name, upstream, heard)
         try:

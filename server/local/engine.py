@@ -19,6 +19,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.adapters.manifest import MANIFEST, LabelTokens, read_manifest
+from server.tracing import TRACEPARENT, below, call
 from strategies.core.errors import EngineUnavailable, InvalidRequest
 from strategies.core.types import Candidate, Chunk, Generation, Labels, Turn
 
@@ -127,7 +128,10 @@ class LocalEngine:
         options["priority"] = options.get("priority", 0) + generation.priority
         if generation.adapter is not None:
             options["lora_request"] = self._adapter(self._version(generation.adapter))
-        name = f"{self._name}-{generation.index}"
+        name = call(self._name, generation.index)
+        known: dict[str, str] = options.get("trace_headers") or {}
+        if TRACEPARENT in known:  # vLLM makes spans, so its own are below ours
+            options["trace_headers"] = {**known, **below(known[TRACEPARENT], name)}
         sequence = self._client.generate(prompt, params, name, **options)
         try:
             async with aclosing(sequence) as pieces:
@@ -142,7 +146,7 @@ class LocalEngine:
         """See `Engine.abort`."""
         self._ended |= set(indices)
         with suppress(EngineDeadError):  # then the readers know already
-            await self._client.abort([f"{self._name}-{index}" for index in indices])
+            await self._client.abort([call(self._name, index) for index in indices])
 
     async def _apart(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """A sequence of which nothing is kept for the answer."""

@@ -18,6 +18,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 # Importing vLLM takes some six seconds, so the progress line comes before this module is imported.
 from vllm import envs
+from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -60,6 +61,8 @@ def parse(argv: list[str], settings: Settings) -> Namespace:
     )
     parser = make_arg_parser(parser)
     defaults.flags(parser, adapters=settings.adapters is not None)
+    if settings.log_format == "json":
+        parser.set_defaults(logging_config=LoggingConfig(formatter="json"))
     args = cast(Namespace, parser.parse_args(argv))
     if args.model_tag is None and args.model == str(MULL_TINY):
         defaults.embedded_flags(parser, adapters=settings.adapters is not None)

@@ -19,7 +19,7 @@ from vllm.entrypoints.launchers.launcher import terminate_if_errored
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from server import metrics
+from server import logs
 from server.adapters.registry import Registry
 from server.admission import Admission
 from server.archive import Archive
@@ -41,6 +41,7 @@ from server.routes import strategies as routes
 from server.search import Searches
 from server.settings import Settings
 from server.store import Store
+from server.tracing import tracing
 from strategies.core.errors import EngineUnavailable, InvalidRequest, MullError
 from strategies.core.sandbox import Sandbox
 
@@ -56,6 +57,9 @@ class Plugin:
             self._settings = Settings.read()
         except ValueError as error:  # vLLM would go on without us, and so without our keys
             raise SystemExit(f"mull: the configuration is wrong: {error}") from None
+        self._tracing = tracing()
+        if self._settings.log_format == "json":
+            logs.begin()
         self._state: State | None = None
         self._adapters: Adapters | None = None
         self._shelf = Shelf(self._settings.calibrations)
@@ -83,6 +87,8 @@ class Plugin:
         app.add_middleware(Bounded, most_bytes=self._settings.max_body_bytes)
         keys = app.state.keys = self._keyring(app.state.args)
         app.add_middleware(Guard, keys=keys, open_metrics=self._settings.open_metrics)
+        if self._tracing is not None:
+            app.add_middleware(self._tracing.requests)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -92,13 +98,13 @@ class Plugin:
         self._state = state
         sandbox = Sandbox()
         remote = Endpoints(self._settings.endpoints)
-        archive = self._archive()
-        state.closing = (sandbox.close, remote.close, *([] if archive is None else [archive.close]))
+        keepers = [one for one in (self._archive(), self._tracing) if one is not None]
+        state.closing = (sandbox.close, remote.close, *(one.close for one in keepers))
         state.chat = Chat()
         state.settings = self._settings
         state.served = self.models
         state.shown = partial(_shown, state.openai_serving_models)
-        state.store = Store(self._settings.kept_traces, archive)
+        state.store = Store(self._settings.kept_traces, *keepers)
         for serving, make in (
             (state.openai_serving_chat, "_make_parser"),
             (state.anthropic_serving_messages, "_make_parser"),
@@ -117,8 +123,6 @@ class Plugin:
             or engine.vllm_config.scheduler_config.max_num_seqs,
         )
         state.admission, state.batches = admission, Batches()
-        metrics.RUNNING.set_function(lambda: admission.requests)
-        metrics.CANDIDATES.set_function(lambda: admission.candidates)
         engine.generate = Reasoner(
             Client(
                 generate=engine.generate,
@@ -129,7 +133,11 @@ class Plugin:
                 longest=engine.vllm_config.model_config.max_model_len - 1,
             ),
             searches=Searches(
-                admission=admission, store=state.store, sandbox=sandbox, remote=remote
+                admission=admission,
+                store=state.store,
+                sandbox=sandbox,
+                remote=remote,
+                traced=self._tracing is not None,
             ),
             adapter=self._adapter,
             settings=self._settings,

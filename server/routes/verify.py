@@ -75,6 +75,7 @@ async def verify(request: Request) -> Response:
     body, selection = select(strategy, limits, body, state.settings)
     selection.owner = owner(request.headers)
     selection.tab = request.scope.get(TAB)
+    selection.traceparent = request.headers.get("traceparent")
     token = SELECTION.set(selection)
     try:
         async with bound(state.adapters, body, selection) as body:

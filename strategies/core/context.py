@@ -4,6 +4,7 @@ It keeps the budget, the deadline and the trace honest.
 """
 
 import asyncio
+import time
 from array import array
 from collections.abc import (
     AsyncGenerator,
@@ -41,6 +42,7 @@ from strategies.core.events import (
     Sampled,
     Scored,
     Started,
+    Verified,
     Voted,
 )
 from strategies.core.market import Bidder
@@ -195,8 +197,20 @@ class Context:
         verifier = by or self.verifier
         if verifier is None:
             raise VerifierFailed("this strategy needs a verifier and none was chosen")
-        async with self._in_time("the verifier had an opinion"):
-            verdicts = list(await verifier.judge(problem, candidates, self))
+        began, done = time.monotonic(), False
+        try:
+            async with self._in_time("the verifier had an opinion"):
+                verdicts = list(await verifier.judge(problem, candidates, self))
+            done = True
+        finally:
+            self.emit(
+                Verified(
+                    verifier=verifier.kind,
+                    candidates=len(candidates),
+                    seconds=time.monotonic() - began,
+                    done=done,
+                )
+            )
         if len(verdicts) != len(candidates):
             raise VerifierFailed(
                 f"verifier '{verifier.kind}' gave {len(verdicts)} verdicts "
@@ -314,14 +328,23 @@ class Context:
         async def one(at: int) -> None:
             lease = leases.pop(at, None)
             spent = prompt = 0
+            index, began = -next(self._apart), time.monotonic()
             try:
-                replies[at] = await remote.post(name, bodies[at])
+                replies[at] = await remote.post(name, bodies[at], index)
                 spent = min(max_tokens, _counted(replies[at], "completion_tokens"))
                 prompt = _counted(replies[at], "prompt_tokens")
             finally:
                 if lease is not None:
                     lease.settle(spent)
-                self.emit(Consulted(name=name, tokens=spent, prompt_tokens=prompt))
+                self.emit(
+                    Consulted(
+                        index=index,
+                        seconds=time.monotonic() - began,
+                        name=name,
+                        tokens=spent,
+                        prompt_tokens=prompt,
+                    )
+                )
 
         try:
             async with self._in_time("the other server had answered"), Arrivals[None]() as arrivals:
@@ -387,7 +410,7 @@ class Context:
         heard: Callable[["_Sequence"], None],
     ) -> None:
         flight.leased.pop(generation.index)
-        sequence = _Sequence()
+        sequence, began = _Sequence(), time.monotonic()
         try:
             async with aclosing(self.engine.generate(generation)) as chunks:
                 async for chunk in chunks:
@@ -400,6 +423,8 @@ class Context:
             lease.settle(len(sequence.token_ids))
             self.emit(
                 Read(
+                    index=generation.index,
+                    seconds=time.monotonic() - began,
                     tokens=len(sequence.token_ids),
                     prompt_tokens=sequence.prompt_tokens,
                     cached_tokens=sequence.cached_tokens,

@@ -75,8 +75,8 @@ class Engine(Protocol):
 class Remote(Protocol):
     """Model servers with names, which a verifier may ask."""
 
-    async def post(self, name: str, body: Mapping[str, object]) -> dict[str, Any]:
-        """What the server of that name answers.
+    async def post(self, name: str, body: Mapping[str, object], index: int) -> dict[str, Any]:
+        """What the server of that name answers to a call, which has its number within the run.
 
         Raises:
             VerifierFailed: It does not answer, or with an error.

@@ -42,9 +42,11 @@ class StorageFailed(MullError):
 class Busy(MullError):
     """Too much runs already; the request may come again after `seconds`."""
 
-    def __init__(self, message: str, *, seconds: int) -> None:
+    def __init__(self, message: str, *, seconds: int, scarce: str | None = None) -> None:
+        """`scarce` is what there is not enough of: a word of the code, never of a client."""
         super().__init__(message)
         self.seconds = seconds
+        self.scarce = scarce
 
 
 class Unauthorized(MullError):

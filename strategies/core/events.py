@@ -63,9 +63,25 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """A verifier is done with `candidates`, or was ended before it had an opinion (not `done`)."""
+
+    verifier: str
+    """Its kind."""
+    candidates: int
+    seconds: float
+    """That it took."""
+    done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
     """A verifier asked a model something, at the price of `tokens`."""
 
+    index: int
+    """Of the call, below zero."""
+    seconds: float
+    """That it took."""
     tokens: int
     prompt_tokens: int
     cached_tokens: int
@@ -75,6 +91,10 @@ class Read:
 class Consulted:
     """A verifier asked another server, which generated `tokens`."""
 
+    index: int
+    """Of the call, below zero."""
+    seconds: float
+    """That it took."""
     name: str
     tokens: int
     prompt_tokens: int
@@ -138,6 +158,7 @@ Event = (
     | Proposed
     | Aborted
     | Scored
+    | Verified
     | Read
     | Consulted
     | Voted

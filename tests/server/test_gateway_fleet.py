@@ -31,13 +31,16 @@ TEXTS = [r"it is \boxed{4}", r"so \boxed{4}", r"\boxed{5} it is", r"then \boxed{
 
 @asynccontextmanager
 async def before(
-    upstreams: Sequence[FakeUpstream], settings: Settings | None = None, **terms: Any
+    upstreams: Sequence[FakeUpstream],
+    settings: Settings | None = None,
+    tracing: Any = None,
+    **terms: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Fleet]]:
     """A gateway before these, and a client of it."""
     known = {f"http://up{at}": one for at, one in enumerate(upstreams)}
     terms = {"silent_seconds": 1.0, "rest_seconds": 0.2, **terms}
     fleet = Fleet(list(known), Terms(**terms), transport=lambda url: known[url])
-    gateway = Gateway(fleet, settings or Settings())
+    gateway = Gateway(fleet, settings or Settings(), tracing)
     async with (
         gateway.app.router.lifespan_context(gateway.app),
         httpx.AsyncClient(

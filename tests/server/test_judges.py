@@ -52,7 +52,7 @@ class Answering:
         self._answer = answer
         self.asked: list[Mapping[str, Any]] = []
 
-    async def post(self, name: str, body: Mapping[str, object]) -> dict[str, Any]:
+    async def post(self, name: str, body: Mapping[str, object], index: int) -> dict[str, Any]:
         self.asked.append(body)
         return self._answer(body)
 
