@@ -89,6 +89,7 @@ class Gateway:
         for path in ENDPOINTS:
             app.router.routes.append(Route(path, _Searching(passing), methods=["POST"]))
         app.router.routes.append(Route("/health", self._health, methods=["GET"]))
+        app.router.routes.append(Route("/live", _live, methods=["GET"]))
         app.router.routes.append(Route("/metrics", _metrics, methods=["GET"]))
         app.router.routes.append(Route("/{path:path}", passing))
         app.add_exception_handler(MullError, handle)
@@ -232,6 +233,11 @@ class _Looking:
 def _failed(error: Exception) -> bytes:
     """What ends a stream of OpenAI's, as vLLM says it."""
     return b"data: " + json.dumps(shape(error)).encode() + b"\n\ndata: [DONE]\n\n"
+
+
+async def _live(request: Request) -> Response:
+    """Whether this process is there: no restart mends an upstream."""
+    return Response()
 
 
 async def _metrics(request: Request) -> Response:
