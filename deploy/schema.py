@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.methods import METHODS
-from server.settings import (
-    _FILE_ONLY,  # what the chart may set as a variable is what Mull reads as one
-    Settings,
-)
+from server.settings import FILE_ONLY, Settings
 
 FILE = Path(__file__).parent / "chart" / "values.schema.json"
 
@@ -20,7 +17,7 @@ def current() -> dict[str, Any]:
     """The schema as it should be: the rest of it is written by hand."""
     schema = json.loads(FILE.read_text())
     fields = Settings.model_json_schema(mode="validation")["properties"]
-    alone = {name: _alone(field) for name, field in fields.items() if name not in _FILE_ONLY}
+    alone = {name: _alone(field) for name, field in fields.items() if name not in FILE_ONLY}
     secret = {name for name, field in alone.items() if field.pop("writeOnly", False)}
     schema["$defs"] |= {
         "settings": _closed({name: alone[name] for name in alone if name not in secret}),
@@ -28,7 +25,7 @@ def current() -> dict[str, Any]:
         "config": _closed(
             {
                 name: {"type": "object", "description": fields[name]["description"]}
-                for name in sorted(_FILE_ONLY)
+                for name in sorted(FILE_ONLY)
             }
         ),
     }

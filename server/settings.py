@@ -30,7 +30,8 @@ from strategies.registry import STRATEGIES, AnyStrategy
 _OTLP = ("TRACES_", "")
 """What is said of spans alone comes before what is said of all signals."""
 
-_FILE_ONLY = {"limits", "presets", "endpoints", "adapter_gate", "efforts"}
+FILE_ONLY = {"limits", "presets", "endpoints", "adapter_gate", "efforts"}
+"""Settings that are no variables of the environment."""
 
 
 class Preset(BaseModel):
@@ -231,7 +232,7 @@ class Settings(BaseModel):
         """
         path = os.environ.get("MULL_CONFIG")
         found = _file(Path(path)) if path else {}
-        scalars = cls.model_fields.keys() - _FILE_ONLY
+        scalars = cls.model_fields.keys() - FILE_ONLY
         names = {name: os.environ.get(f"MULL_{name.upper()}") for name in scalars}
         given = {name: value for name, value in names.items() if value}  # empty is unset
         try:

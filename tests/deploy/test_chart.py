@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from deploy.schema import FILE, current
 from server import metrics
-from server.settings import _FILE_ONLY, Settings
+from server.settings import FILE_ONLY, Settings
 from tests.deploy.conftest import CHART, Manifest, Render
 
 NEWEST = sorted(set(utils.all_versions()), key=Version)[-3:]
@@ -202,8 +202,10 @@ def test_every_setting_can_be_set_and_reaches_mull(
     definitions = current()["$defs"]
     config = {"limits": {"tokens": 9}, "presets": {"deep": {"strategy": {"kind": "best_of_n"}}}}
     settings = {name: _some(field) for name, field in definitions["settings"]["properties"].items()}
+    settings["keys"] = str(tmp_path / "keys.json")  # it is read at once
+    (tmp_path / "keys.json").write_text('{"keys": []}')
     secrets = {name: _some(field) for name, field in definitions["secrets"]["properties"].items()}
-    assert settings.keys() | secrets.keys() | _FILE_ONLY == Settings.model_fields.keys()
+    assert settings.keys() | secrets.keys() | FILE_ONLY == Settings.model_fields.keys()
     values = {"settings": settings, "config": config, "secrets": {"settings": secrets}}
     made = render(GATEWAY | values)
     [template] = [one for name, one in templates(made) if "gateway" in name]
@@ -218,6 +220,8 @@ def test_every_setting_can_be_set_and_reaches_mull(
 
 def _some(field: dict[str, Any]) -> object:
     """A value that a setting may have, large where that shows how a number is written."""
+    if "enum" in field:
+        return field["enum"][-1]
     match field["type"]:
         case "boolean":
             return True
@@ -232,7 +236,7 @@ def _some(field: dict[str, Any]) -> object:
 
 
 def test_every_variable_of_the_chart_is_a_setting(manifests: Manifests):
-    known = {f"MULL_{name.upper()}" for name in Settings.model_fields.keys() - _FILE_ONLY}
+    known = {f"MULL_{name.upper()}" for name in Settings.model_fields.keys() - FILE_ONLY}
     for name, template in templates(manifests):
         ours = {one for one in variables(template) if one.startswith("MULL_")}
         assert ours <= known | {"MULL_CONFIG"}, name
