@@ -305,8 +305,8 @@ async def test_too_many_turns_and_long_patterns_are_refused_before_an_upstream_s
             {"messages": BODY["messages"] * 3},
             {"structured_outputs": {"regex": "a" * 5000}},
         ):
-            for body in (BODY, PLAIN):
-                reply = await client.post(CHAT, json=body | more)
+            for path, body in ((CHAT, BODY), (CHAT, PLAIN), ("/v1/strategies/best_of_n", PLAIN)):
+                reply = await client.post(path, json=body | more)
                 assert reply.status_code == 400
                 assert reply.json()["error"]["param"] in more
         assert CHAT not in [asked.url.path for asked in one.requests]
