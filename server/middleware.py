@@ -10,7 +10,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.adapters.binding import Names, bound
-from server.bounds import Bounds
 from server.calibration.shelf import Shelf
 from server.errors import reply_to
 from server.keys.accounts import TAB
@@ -43,7 +42,6 @@ class Choosing:
         self._models = models
         self._names = names
         self._settings = settings
-        self._bounds = Bounds(turns=settings.max_turns, schema_chars=settings.max_schema_chars)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -60,7 +58,6 @@ class Choosing:
                     return  # the client left before it had said everything
                 asked = body = _object(raw)
                 if body is not None:
-                    self._bounds(body)
                     headers, names, chosen = Headers(scope=scope), self._names(), body
                     if names is not None:
                         await names.look()

@@ -103,6 +103,7 @@ def choose(
     Raises:
         InvalidRequest: The choice is unknown, contradictory or out of bounds; the field is named.
     """
+    settings.bounds(body)
     model, suffix = _split(body.get("model"), models)
     xargs = as_object(body.get("vllm_xargs")) or {}
     said = headers.getlist(_HEADER)

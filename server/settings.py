@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from server.adapters.registry import Rule
+from server.bounds import Bounds
 from server.endpoints import Endpoint, check_url
 from server.gateway.fleet import Terms
 from server.keys.keyring import read as read_keys
@@ -196,6 +197,11 @@ class Settings(BaseModel):
     def allowed(self) -> Allowed:
         """What verifiers may do."""
         return Allowed(endpoints=self.endpoints, code=self.run_code)
+
+    @property
+    def bounds(self) -> Bounds:
+        """What a request may hold."""
+        return Bounds(turns=self.max_turns, schema_chars=self.max_schema_chars)
 
     @property
     def terms(self) -> Terms:

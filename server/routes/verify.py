@@ -71,6 +71,7 @@ async def verify(request: Request) -> Response:
         answer=asked.answer,
     )
     body: JSON = {"model": asked.model, "messages": asked.messages}
+    state.settings.bounds(body)
     limits = asked.budget.capped(state.settings.limits)
     body, selection = select(strategy, limits, body, state.settings)
     selection.owner = owner(request.headers)

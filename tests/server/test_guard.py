@@ -44,9 +44,9 @@ def serve_app(
 ) -> Callable[..., FastAPI]:
     """The app of `mull serve`, without an engine behind it."""
 
-    def build(*flags: str, again: bool = False) -> FastAPI:
+    def build(*flags: str, again: bool = False, keys: str = str(file)) -> FastAPI:
         monkeypatch.setenv("VLLM_PLUGINS", "mull")
-        monkeypatch.setenv("MULL_KEYS", str(file))
+        monkeypatch.setenv("MULL_KEYS", keys)
         monkeypatch.setenv("MULL_ADAPTERS", str(tmp_path / "registry"))
         args = launcher.parse(["--enable-scale-out", *flags], Settings.read())
         for _ in range(1 + again):  # a new engine brings a new app
@@ -131,6 +131,24 @@ async def test_vllms_own_flag_is_a_clients_key_on_every_route(
             for one in ("plain", "other", key):
                 assert (await client.get(path, headers=bearer(one))).status_code == 200
         assert (await client.get("/metrics", headers=bearer("plain"))).status_code == 403
+
+
+async def test_adapters_are_an_admins_also_where_nothing_else_needs_a_key(
+    serve_app: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch
+):
+    for own, refused in ((None, 403), ("the-operators", 401)):
+        if own is not None:
+            monkeypatch.setenv("MULL_ADMIN_KEY", own)
+        app = serve_app(keys="")
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            assert (await client.get("/version")).status_code == 200
+            for headers in ({}, bearer("guess"), {"x-mull-admin-key": "guess"}):
+                reply = await client.post("/v1/adapters", headers=headers)
+                assert reply.status_code == refused
+            if own is not None:  # let in, to where an engine would be
+                reply = await client.get("/v1/adapters", headers={"x-mull-admin-key": own})
+                assert reply.status_code == 500
 
 
 async def test_no_other_site_reads_along_unless_told(serve_app: Callable[..., FastAPI], file: Path):
@@ -305,8 +323,8 @@ async def test_too_many_turns_and_long_patterns_are_refused_before_an_upstream_s
             {"messages": BODY["messages"] * 3},
             {"structured_outputs": {"regex": "a" * 5000}},
         ):
-            for body in (BODY, PLAIN):
-                reply = await client.post(CHAT, json=body | more)
+            for path, body in ((CHAT, BODY), (CHAT, PLAIN), ("/v1/strategies/best_of_n", PLAIN)):
+                reply = await client.post(path, json=body | more)
                 assert reply.status_code == 400
                 assert reply.json()["error"]["param"] in more
         assert CHAT not in [asked.url.path for asked in one.requests]
