@@ -45,6 +45,7 @@ LINES: dict[str, Any] = {
         "uvicorn": _HEARD,
         "uvicorn.access": _HEARD,
         "opentelemetry": _HEARD,
+        "vllm": _HEARD,  # until it has read its own flags, which do the same
     },
 }
 """Also uvicorn's `log_config`. In text, loggers are as Python and uvicorn leave them."""

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from io import StringIO
 from logging.config import dictConfig
 
 import pytest
@@ -12,10 +13,11 @@ from tests.server.test_gateway_fleet import BODY, CHAT, before, upstream
 
 
 @pytest.fixture
-def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Begun once standard error is the test's."""
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[StringIO]:
+    """What is logged as JSON."""
+    monkeypatch.setattr("sys.stderr", said := StringIO())
     logs.begin()
-    yield
+    yield said
     quiet = {"handlers": [], "level": "NOTSET", "propagate": True}
     dictConfig(
         {
@@ -26,13 +28,13 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
     )
 
 
-async def test_a_search_is_one_line(lines: None, capsys: pytest.CaptureFixture[str]):
+async def test_a_search_is_one_line(heard: StringIO):
     headers = {"X-Request-Id": "mine\nand more", "Authorization": "Bearer sk-secret"}
     async with before([upstream()]) as (client, _):
         body = BODY | {"messages": [{"role": "user", "content": "a secret question"}]}
         reply = await client.post(CHAT, json=body, headers=headers)
         assert reply.status_code == 200, reply.text
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = heard.getvalue().splitlines()
     assert "secret" not in line
     said = json.loads(line)
     assert said["run"] == reply.json()["mull"]["run"]
@@ -45,13 +47,13 @@ async def test_a_search_is_one_line(lines: None, capsys: pytest.CaptureFixture[s
     assert said["seconds"] > 0
 
 
-def test_a_failure_keeps_to_its_line(lines: None, capsys: pytest.CaptureFixture[str]):
+def test_a_failure_keeps_to_its_line(heard: StringIO):
     try:
         raise ValueError("what\nhappened")
     except ValueError:
         logging.getLogger("server.any").exception("it %s", "broke")
     logs.announce("ready")
-    failed, ready = map(json.loads, capsys.readouterr().err.splitlines())
+    failed, ready = map(json.loads, heard.getvalue().splitlines())
     assert (failed["levelname"], failed["message"]) == ("ERROR", "it broke")
     assert "ValueError: what\nhappened" in failed["exc_info"]
     assert (ready["levelname"], ready["message"]) == ("INFO", "ready")
