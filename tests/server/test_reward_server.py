@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForSequenceClassification
 
 from models import MULL_TINY
-from server.endpoints import Endpoint, Endpoints
+from server.endpoints import Asking, Endpoint, Endpoints
 from server.verifiers.catalogue import Allowed, resolve
 from strategies.core.strategy import VerifierChoice
 from strategies.core.testing import FakeEngine, context
@@ -52,7 +52,9 @@ async def judged(endpoint: Endpoint) -> list[Verdict]:
         Candidate(index=at, text=text, token_ids=(at,), finish_reason="stop")
         for at, text in enumerate(ANSWERS)
     ]
-    async with context(FakeEngine([""]), verifier=verifier, remote=endpoints) as ctx:
+    async with context(
+        FakeEngine([""]), verifier=verifier, remote=Asking(endpoints, lambda index: {})
+    ) as ctx:
         problem = Problem(token_ids=(1,), text=QUESTION)
         verdicts = await ctx.verify(problem, candidates)
     await endpoints.close()
