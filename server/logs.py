@@ -45,14 +45,16 @@ LINES: dict[str, Any] = {
         "uvicorn": _HEARD,
         "uvicorn.access": _HEARD,
         "opentelemetry": _HEARD,
+        "py.warnings": _HEARD,
         "vllm": _HEARD,  # until it has read its own flags, which do the same
     },
 }
-"""Also uvicorn's `log_config`. In text, loggers are as Python and uvicorn leave them."""
+"""In text, loggers are as Python, uvicorn and vLLM leave them."""
 
 
 def begin() -> None:
-    """Log so from now on."""
+    """Log so from now on, Python's warnings too."""
+    logging.captureWarnings(True)
     dictConfig(LINES)
 
 

@@ -9,8 +9,8 @@ import uvicorn
 from pydantic import ValidationError
 from uvicorn.config import LOGGING_CONFIG
 
+from server import logs
 from server.door import Door, Leaving, Server
-from server.logs import LINES, announce
 from server.settings import Settings
 from server.tracing import tracing
 from strategies.core.aio import Background
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> int:
         settings = Settings.read()
         if options.upstream:
             named = {"upstreams": options.upstream}
-            settings = Settings.model_validate(dict(settings) | named)
+            known = dict(iter(settings))  # `dict(settings)` would call the setting `keys`
+            settings = Settings.model_validate(known | named)
         followed = tracing()
     except ValidationError as error:
         print(f"mull: --upstream: {error.errors()[0]['msg']}", file=sys.stderr)
@@ -57,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
     from server.gateway.app import Gateway
     from server.gateway.fleet import Fleet
 
+    if settings.log_format == "json":
+        logs.begin()
     gateway = Gateway(Fleet(settings.upstreams, settings.terms), settings, followed)
     return asyncio.run(_serve(gateway, options, settings))
 
@@ -68,7 +71,7 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace, settings: Sett
         host=options.host,
         port=options.port,
         log_level="warning",
-        log_config=LINES if settings.log_format == "json" else LOGGING_CONFIG,
+        log_config=None if settings.log_format == "json" else LOGGING_CONFIG,  # None: as it is
         access_log=False,
         server_header=False,
         date_header=False,
@@ -82,7 +85,7 @@ async def _serve(gateway: "Gateway", options: argparse.Namespace, settings: Sett
         Background(leaving.asked.wait()) as asked,
     ):
         door.app = gateway.app
-        announce(f"gateway on http://{options.host}:{options.port}")
+        logs.announce(f"gateway on http://{options.host}:{options.port}")
         await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
         await door.drain(settings.drain_seconds, leaving.at_once)
         server.should_exit = True

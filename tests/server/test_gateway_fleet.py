@@ -1,5 +1,6 @@
 """Upstreams that die, hang, refuse and talk nonsense; and who is asked then."""
 
+import argparse
 import asyncio
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from server.gateway import command
 from server.gateway.app import Gateway
 from server.gateway.fleet import SESSION, Breaker, Fleet, Lost, Terms
 from server.settings import Settings
@@ -459,3 +461,17 @@ def test_a_gateway_needs_no_engine():
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+
+
+def test_the_command_takes_upstreams_and_all_other_settings(monkeypatch: pytest.MonkeyPatch):
+    found: list[Settings] = []
+
+    async def serve(gateway: Gateway, options: object, settings: Settings) -> int:
+        found.append(settings)
+        return 0
+
+    monkeypatch.setattr(command, "_serve", serve)
+    monkeypatch.setenv("MULL_KEPT_TRACES", "7")
+    options = argparse.Namespace(upstream=["http://up"], host="127.0.0.1", port=1)
+    assert command.run(options) == 0
+    assert (found[0].upstreams, found[0].kept_traces) == (("http://up",), 7)

@@ -18,6 +18,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[StringIO]:
     monkeypatch.setattr("sys.stderr", said := StringIO())
     logs.begin()
     yield said
+    logging.captureWarnings(False)
     quiet = {"handlers": [], "level": "NOTSET", "propagate": True}
     dictConfig(
         {

@@ -69,7 +69,9 @@ def test_spans_reach_from_the_client_to_the_engine_and_the_log_is_json(serve, tm
     samples = {one.span_id for one in by_name["sample"]}
     assert len(samples) == 3
     assert {one.parent_span_id for one in by_name["llm_request"]} == samples  # vLLM's own
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    written = log.read_text().splitlines()
+    assert [line for line in written if not line.startswith("{")] == []
+    lines = [json.loads(line) for line in written]
     [told] = [one for one in lines if one["message"] == "a search is over"]
     assert told["run"] == reply.json()["mull"]["run"]
     assert told["request_id"] == "mine"
