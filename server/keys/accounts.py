@@ -68,12 +68,14 @@ class Account:
         self._requests = self._bucket(self._requests, key.requests_per_minute)
         self._tokens = self._bucket(self._tokens, key.tokens_per_minute)
         if key.concurrent is not None and self.running >= key.concurrent:
-            raise Busy(f"your key may have {key.concurrent} requests at once", seconds=1)
+            why = f"your key may have {key.concurrent} requests at once"
+            raise Busy(why, seconds=1, scarce="key")
         for bucket, what in ((self._requests, "requests"), (self._tokens, "generated tokens")):
             if bucket is not None and (seconds := bucket.wait()) > 0:
                 raise Busy(
                     f"your key has {bucket.per_minute} {what} a minute, which are used up",
                     seconds=ceil(seconds),
+                    scarce="key",
                 )
         if self._requests is not None:
             self._requests.take(1)

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "of": {"engine", "endpoint"},
     "reason": {
         *(kind for _, kind in errors._STATUS.values()),
-        *("internal_error", "requests", "adapters", "upstreams"),
+        *("internal_error", "requests", "adapters", "upstreams", "key"),
     },
     "status": {f"{first}xx" for first in range(1, 10)},
     "upstream": {"up0", "up1"},
