@@ -229,7 +229,7 @@ async def test_a_crowd_is_answered_or_told_to_come_again_and_health_stays(server
     body: dict[str, Any] = {
         "model": "mull-tiny",
         "messages": [{"role": "user", "content": QUESTIONS[0]}],
-        "max_tokens": 30,
+        "max_tokens": 12,
         "temperature": 1.0,
     }
     searched = body | {"strategy": {"kind": "self_consistency", "n": 4, "early_stop": "never"}}
