@@ -39,7 +39,7 @@ from finetune.tiny.solution import Item, solution
 NS = (4, 8, 16, 32)
 """Samples of best-of-N, whose curve searches are compared with."""
 
-PACED = 16
+PACED = 12
 """Problems of each family that are asked one at a time."""
 
 SHOTS = (0, 2, 4)
