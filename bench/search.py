@@ -10,7 +10,7 @@ the engine's prompt tokens that were in the prefix cache).
 `differences`: accuracy in points as [value, standard error], paired by problem. `equal_tokens`:
 each search against best-of-N at its own number of tokens, interpolated on the curve of best-of-N.
 `pace`: for each search, how many times the seconds of best-of-16 it takes for a token, the median
-over problems that were asked one at a time. `cached`: of beam search after so many worked examples,
+over problems that were asked one at a time. `cached`: of the first search after worked examples,
 `prompt` (tokens before the first step, mean), and of the prompt tokens of all continuations, which
 `share` came from the prefix cache.
 """
@@ -20,7 +20,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,16 @@ from bench.serving import ask_all, bar, server
 from bench.stats import mean, median, shares, standard_error
 from finetune.tiny.problems import FAMILIES, draw, exam, grade
 from finetune.tiny.solution import Item, solution
+
+_BEAM: dict[str, Any] = {"kind": "beam_search", "score": "min", "width": 4, "branch": 4}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "beam 4 x 4": _BEAM,
+    "balanced 4 x 4": _BEAM | {"allocate": "balanced"},
+    "diverse 4 x 4": _BEAM | {"allocate": "diverse"},
+    "particles 16": _BEAM | {"width": 16, "branch": 1, "allocate": "resample"},
+    "tree, best first": {"kind": "tree_of_thoughts", "search": "best_first", "branch": 4},
+}
+"""The step-wise searches."""
 
 NS = (4, 8, 16, 32)
 """Samples of best-of-N, whose curve searches are compared with."""
@@ -66,6 +76,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verifier", metavar="NAME=PATH", help="a verifier adapter to serve and to judge by"
     )
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        choices=("likelihood", "adapter", "both"),
+        help="who is to judge best-of-N (default: all there are)",
+    )
+    parser.add_argument(
+        "--searches", nargs="+", choices=[*SEARCHES], default=[*SEARCHES], help="default: all"
+    )
     parser.add_argument("--plot", metavar="PNG", help="draw accuracy against tokens there")
 
 
@@ -75,8 +94,14 @@ def run(options: argparse.Namespace) -> None:
     items = exam(options.seed, options.problems)
     flags = ["--enable-lora", "--lora-modules", options.verifier] if options.verifier else []
     adapter = options.verifier.split("=")[0] if options.verifier else None
+    judges = {
+        name: one
+        for name, one in verifiers(adapter).items()
+        if options.by is None or name in options.by
+    }
+    searches = _searches(judges, options.searches)
     with server(options.url, options.path, [] if options.url else flags) as base:
-        measuring = _measure(base, items, verifiers(adapter), options)
+        measuring = _measure(base, items, judges, searches, options)
         answered, paced, shown = asyncio.run(measuring)
     rows = [
         {"method": method, "family": family, **_row([answers[at] for at in chosen])}
@@ -86,10 +111,10 @@ def run(options: argparse.Namespace) -> None:
     figures = {
         "seed": options.seed,
         "clients": options.clients,
-        "searches": _searches(verifiers(adapter)),
+        "searches": searches,
         "rows": rows,
-        "differences": _differences(answered, items, verifiers(adapter)),
-        "equal_tokens": _equal_tokens(answered, items, verifiers(adapter)),
+        "differences": _differences(answered, items, judges, searches),
+        "equal_tokens": _equal_tokens(answered, items, _guide(judges), searches),
         "pace": _pace(paced),
         "cached": [
             {"examples": shots, "prompt": prompt, "share": _share(answers)}
@@ -100,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     if options.plot:
-        _plot(figures, verifiers(adapter), options.plot)
+        _plot(figures, judges, options.plot)
 
 
 def verifiers(adapter: str | None) -> dict[str, Any]:
@@ -114,24 +139,14 @@ def verifiers(adapter: str | None) -> dict[str, Any]:
 
 def _guide(verifiers: dict[str, Any]) -> str:
     """Who guides searches."""
-    return "adapter" if "adapter" in verifiers else "likelihood"
+    return "adapter" if "adapter" in verifiers else next(iter(verifiers))
 
 
-def _searches(verifiers: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The step-wise searches."""
+def _searches(verifiers: dict[str, Any], titles: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What each search adds to a request."""
     guide = _guide(verifiers)
     judged = {"verifier": verifiers[guide]}
-    beam = {"kind": "beam_search", "score": "min"}
-    return {
-        f"{title} by {guide}": {"strategy": search | judged}
-        for title, search in {
-            "beam 4 x 4": beam | {"width": 4, "branch": 4},
-            "balanced 4 x 4": beam | {"width": 4, "branch": 4, "allocate": "balanced"},
-            "diverse 4 x 4": beam | {"width": 4, "branch": 4, "allocate": "diverse"},
-            "particles 16": beam | {"width": 16, "branch": 1, "allocate": "resample"},
-            "tree, best first": {"kind": "tree_of_thoughts", "search": "best_first", "branch": 4},
-        }.items()
-    }
+    return {f"{title} by {guide}": {"strategy": SEARCHES[title] | judged} for title in titles}
 
 
 def _read_off(pools: dict[str, list[Pool]]) -> dict[str, list[Answered]]:
@@ -141,7 +156,7 @@ def _read_off(pools: dict[str, list[Pool]]) -> dict[str, list[Answered]]:
         found = [fixed(method, n, pool) for pool in pools[name]]
         return [Answered(right=right, tokens=tokens) for right, tokens in found]
 
-    answered = {"majority, n=16": chosen("majority", 16, "likelihood")}
+    answered = {"majority, n=16": chosen("majority", 16, next(iter(pools)))}
     for name in pools:
         answered |= {f"best-of-{n} by {name}": chosen("best-of-n", n, name) for n in NS}
         answered[f"weighted vote of 16 by {name}"] = chosen("weighted vote", 16, name)
@@ -152,6 +167,7 @@ async def _measure(
     base: str,
     items: list[Item],
     verifiers: dict[str, Any],
+    searches: dict[str, dict[str, Any]],
     options: argparse.Namespace,
 ) -> tuple[
     dict[str, list[Answered]], dict[str, list[Answered]], dict[int, tuple[float, list[Answered]]]
@@ -161,7 +177,7 @@ async def _measure(
     Then by number of worked examples: tokens of the prompt, and beam searches after them.
     """
     places = {item.identity: at for at, item in enumerate(items)}
-    guide, searches = _guide(verifiers), _searches(verifiers)
+    guide, [first, *_] = _guide(verifiers), searches.values()
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
 
         def body(item: Item) -> dict[str, Any]:
@@ -229,7 +245,7 @@ async def _measure(
             for shots in SHOTS:
                 asked = [_after(shots, item, options.seed) for item in some]
                 lengths = [float(await length(messages)) for messages in asked]
-                fields = searches[f"beam 4 x 4 by {guide}"]
+                fields = first
                 shown[shots] = (mean(lengths), [])
                 for item, messages in zip(some, asked, strict=True):
                     answer = await ask(item, fields | {"messages": messages})
@@ -248,8 +264,10 @@ def _after(shots: int, item: Item, seed: int) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in (*turns, ("user", item.prompt))]
 
 
-def _share(answers: list[Answered]) -> float:
-    return sum(one.continued_cached for one in answers) / sum(one.continued for one in answers)
+def _share(answers: list[Answered]) -> float | None:
+    """None if all answers were given in one step."""
+    continued = sum(one.continued for one in answers)
+    return sum(one.continued_cached for one in answers) / continued if continued else None
 
 
 def groups(items: list[Item]) -> list[tuple[str, list[int]]]:
@@ -276,7 +294,10 @@ def _with_error(values: list[float]) -> list[float]:
 
 
 def _differences(
-    answered: dict[str, list[Answered]], items: list[Item], verifiers: dict[str, Any]
+    answered: dict[str, list[Answered]],
+    items: list[Item],
+    verifiers: dict[str, Any],
+    searches: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Best-of-16 against greedy and against the majority, and searches against best-of-16."""
     pairs: list[tuple[str, str]] = []
@@ -285,7 +306,7 @@ def _differences(
         for choice in (best, f"weighted vote of 16 by {name}"):
             pairs += [(choice, "majority, n=16"), (choice, "greedy")]
     best = f"best-of-16 by {_guide(verifiers)}"
-    pairs += [(search, best) for search in _searches(verifiers)]
+    pairs += [(search, best) for search in searches]
     return [
         {
             "one": one,
@@ -301,12 +322,14 @@ def _differences(
 
 
 def _equal_tokens(
-    answered: dict[str, list[Answered]], items: list[Item], verifiers: dict[str, Any]
+    answered: dict[str, list[Answered]],
+    items: list[Item],
+    guide: str,
+    searches: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Each search against best-of-N with the same verifier and as many tokens."""
     rows: list[dict[str, Any]] = []
-    guide = _guide(verifiers)
-    for search in _searches(verifiers):
+    for search in searches:
         for family, chosen in groups(items):
             curve = [[answered[f"best-of-{n} by {guide}"][at] for at in chosen] for n in NS]
             mine = [answered[search][at] for at in chosen]
@@ -398,11 +421,12 @@ def _show(figures: dict[str, Any]) -> None:
             f"{row['best_of_16_seconds']:.2f}",
         )
     console.print(pace)
-    cached = Table(title="Prompt tokens of continuations that were in the prefix cache, beam 4 x 4")
+    cached = Table(title="Prompt tokens of continuations that were in the prefix cache")
     for heading in ("worked examples", "tokens of the prompt", "cached"):
         cached.add_column(heading)
     for row in figures["cached"]:
-        cached.add_row(str(row["examples"]), f"{row['prompt']:.0f}", f"{100 * row['share']:.1f} %")
+        share = "" if row["share"] is None else f"{100 * row['share']:.1f} %"
+        cached.add_row(str(row["examples"]), f"{row['prompt']:.0f}", share)
     console.print(cached)
 
 
@@ -413,7 +437,7 @@ def _plot(figures: dict[str, Any], verifiers: dict[str, Any], path: str) -> None
             for axis, family in zip(line, FAMILIES, strict=True):
                 mine = {row["method"]: row for row in figures["rows"] if row["family"] == family}
                 curve = [mine[f"best-of-{n} by {name}"] for n in NS]
-                searches = _searches(verifiers) if name == _guide(verifiers) else {}
+                searches = figures["searches"] if name == _guide(verifiers) else {}
                 rest = [*searches, "greedy", "majority, n=16"]
                 rest.append(f"weighted vote of 16 by {name}")
                 for label, rows in [("best-of-N", curve), *((one, [mine[one]]) for one in rest)]:
