@@ -62,15 +62,13 @@ def test_a_search_stays_on_one_engine_and_many_use_both(two: httpx.Client):
 @pytest.mark.slow
 def test_a_beam_finds_its_prefixes_and_the_clients_rank_is_obeyed(two: httpx.Client):
     beam = {"kind": "beam_search", "width": 3, "branch": 2}
-    shots = [{"role": role, "content": "9 + 4 = 13\n" * 12} for role in ("user", "assistant")]
     before = finished(two)
     for rank in ("0", "1"):
         question = asked(40 + int(rank), strategy=beam)
-        question["messages"] = [*shots, *question["messages"]]
         reply = two.post(CHAT, json=question, headers={"X-data-parallel-rank": rank})
         assert reply.status_code == 200, reply.text
         usage = reply.json()["mull"]["usage"]
-        assert usage["continuation_cached_tokens"] >= 0.7 * usage["continuation_prompt_tokens"]
+        assert usage["continuation_cached_tokens"] > 0.5 * usage["continuation_prompt_tokens"] > 0
         grown = finished(two) - before
         assert set(grown) == {rank}
         before = finished(two)
