@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from dataclasses import field as default
-from hashlib import sha256
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +18,7 @@ from starlette.datastructures import Headers
 
 from server.calibration.shelf import Shelf
 from server.errors import nearest, refusal
+from server.keys.keyring import digest, presented
 from server.run import Selection
 from server.settings import Settings
 from server.trace import Detail
@@ -170,9 +170,12 @@ def from_xargs(extra: JSON, settings: Settings) -> Selection | None:
 
 
 def owner(headers: Mapping[str, str]) -> str:
-    """A digest of the key that a request came with; empty if there was none."""
-    key = headers.get("authorization") or headers.get("x-api-key")
-    return sha256(key.encode()).hexdigest() if key else ""
+    """A digest of the key that a request came with; empty if there was none.
+
+    It is the key that the guard reads, wherever it stands; other credentials count, too.
+    """
+    key = presented(headers) or headers.get("authorization")
+    return digest(key) if key else ""
 
 
 def traced(body: JSON) -> Detail | None:

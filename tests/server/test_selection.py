@@ -224,6 +224,11 @@ def test_a_run_of_an_unknown_asker_is_nobodys():
     assert selection is not None
     assert selection.owner not in ("", owner(Headers({"authorization": "Bearer a"})))
     assert owner(Headers({"authorization": "Bearer a"})) != owner(Headers({"x-api-key": "b"}))
+    same = [{"authorization": "Bearer a"}, {"x-api-key": "a"}, {"x-mull-admin-key": "a"}]
+    assert len({owner(Headers(one)) for one in same}) == 1
+    assert owner(Headers({"authorization": "Basic a"})) != ""
+    spoofed = {"authorization": "Bearer victim", "x-mull-admin-key": "mine"}
+    assert owner(Headers(spoofed)) == owner(Headers({"authorization": "Bearer mine"}))
 
 
 def test_judges_read_the_question_or_all_of_a_longer_conversation():
