@@ -19,19 +19,23 @@ class Answered:
     seconds: float
 
 
+def question(model: str, item: Item, *, seed: int) -> dict[str, Any]:
+    """What asks a problem, on every route that takes a chat."""
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": item.prompt}],
+        "max_tokens": 400,
+        "seed": seed,
+    }
+
+
 async def ask(
     client: httpx.AsyncClient, model: str, item: Item, *, seed: int, **fields: Any
 ) -> dict[str, Any]:
     """A whole chat completion for one problem."""
     reply = await client.post(
         "/v1/chat/completions",
-        json={
-            "model": model,
-            "messages": [{"role": "user", "content": item.prompt}],
-            "max_tokens": 400,
-            "seed": seed,
-            **fields,
-        },
+        json=question(model, item, seed=seed) | fields,
     )
     reply.raise_for_status()
     return reply.json()

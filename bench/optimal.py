@@ -32,6 +32,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench import bare
 from bench.plot import panels
 from bench.pool import FIXED, Pool, fixed, pooled
 from bench.search import groups
@@ -112,12 +113,8 @@ async def _measure(
         verifier = of_model[0]["verifier"]
 
         def body(item: Item) -> dict[str, Any]:
-            return {
-                "model": options.model,
-                "messages": [{"role": "user", "content": item.prompt}],
-                "max_tokens": 400,
-                "seed": options.seed + 1000 * places[item.identity],
-            }
+            seed = options.seed + 1000 * places[item.identity]
+            return bare.question(options.model, item, seed=seed)
 
         async def said(kind: str, asked: dict[str, Any]) -> dict[str, Any]:
             reply = await client.post(f"/v1/strategies/{kind}", json=asked)

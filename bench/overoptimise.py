@@ -22,6 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench import bare
 from bench.plot import panels
 from bench.search import groups, verifiers
 from bench.serving import ask_all, bar, server
@@ -83,14 +84,9 @@ async def _drawn(
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
 
         async def ask(item: Item, verifier: Any) -> list[Scored]:
-            body = {
-                "model": options.model,
-                "messages": [{"role": "user", "content": item.prompt}],
-                "max_tokens": 400,
-                "seed": options.seed + 1000 * places[item.identity],
-                "n": options.samples,
-                "verifier": verifier,
-            }
+            seed = options.seed + 1000 * places[item.identity]
+            body = bare.question(options.model, item, seed=seed)
+            body |= {"n": options.samples, "verifier": verifier}
             reply = await client.post("/v1/strategies/best_of_n", json=body)
             reply.raise_for_status()
             found = [one for one in reply.json()["candidates"] if one["score"] is not None]

@@ -29,6 +29,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from bench import bare
 from bench.plot import panels
 from bench.pool import Pool, fixed, pooled
 from bench.serving import ask_all, bar, server
@@ -91,6 +92,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     if options.url and options.verifier and "=" in options.verifier:
         raise SystemExit("a running --url serves its own adapters: give --verifier its name alone")
+    if options.by and not options.verifier and {*options.by} != {"likelihood"}:
+        raise SystemExit("--by adapter, and --by both, need --verifier")
     items = exam(options.seed, options.problems)
     flags = ["--enable-lora", "--lora-modules", options.verifier] if options.verifier else []
     adapter = options.verifier.split("=")[0] if options.verifier else None
@@ -180,18 +183,16 @@ async def _measure(
     guide, [first, *_] = _guide(verifiers), searches.values()
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
 
-        def body(item: Item) -> dict[str, Any]:
-            return {
-                "model": options.model,
-                "messages": [{"role": "user", "content": item.prompt}],
-                "max_tokens": 400,
-                "seed": options.seed + 1000 * places[item.identity],
-            }
+        def seed(item: Item) -> int:
+            return options.seed + 1000 * places[item.identity]
+
+        async def pool(item: Item, verifier: Any) -> Pool:
+            body = bare.question(options.model, item, seed=seed(item))
+            return await pooled(client, body | {"n": NS[-1]}, item, verifier)
 
         async def ask(item: Item, fields: dict[str, Any]) -> Answered:
             began = time.monotonic()
-            reply = await client.post("/v1/chat/completions", json=body(item) | fields)
-            found = reply.raise_for_status().json()
+            found = await bare.ask(client, options.model, item, seed=seed(item), **fields)
             usage = found.get("mull", {}).get("usage", {})
             return Answered(
                 right=float(grade(item, found["choices"][0]["message"]["content"])),
@@ -204,8 +205,8 @@ async def _measure(
             )
 
         async def length(messages: list[dict[str, str]]) -> int:
-            asked = {"model": options.model, "messages": messages}
-            reply = await client.post("/tokenize", json=asked)
+            body = {"model": options.model, "messages": messages}
+            reply = await client.post("/tokenize", json=body)
             return reply.raise_for_status().json()["count"]
 
         with bar() as progress:
@@ -215,16 +216,14 @@ async def _measure(
                     items, ask, clients=options.clients, progress=progress, label=label
                 )
 
-            asked = {"greedy": {"temperature": 0}} | searches
+            methods = {"greedy": {"temperature": 0}} | searches
             answered: dict[str, list[Answered]] = {
                 method: await all_of(lambda item, fields=fields: ask(item, fields), method)
-                for method, fields in asked.items()
+                for method, fields in methods.items()
             }
             pools: dict[str, list[Pool]] = {
                 name: await all_of(
-                    lambda item, verifier=verifier: pooled(
-                        client, body(item) | {"n": NS[-1]}, item, verifier
-                    ),
+                    lambda item, verifier=verifier: pool(item, verifier),
                     f"{NS[-1]} samples by {name}",
                 )
                 for name, verifier in verifiers.items()
@@ -245,10 +244,9 @@ async def _measure(
             for shots in SHOTS:
                 asked = [_after(shots, item, options.seed) for item in some]
                 lengths = [float(await length(messages)) for messages in asked]
-                fields = first
                 shown[shots] = (mean(lengths), [])
                 for item, messages in zip(some, asked, strict=True):
-                    answer = await ask(item, fields | {"messages": messages})
+                    answer = await ask(item, first | {"messages": messages})
                     shown[shots][1].append(answer)
                     progress.advance(task)
     return answered, paced, shown
