@@ -9,20 +9,9 @@ import pytest
 from vllm.config import ParallelConfig
 
 from server.local.ranks import Ranks
+from tests.server.test_gateway_replicas import CHAT, asked
 
-CHAT = "/v1/chat/completions"
-
-
-def asked(at: int, **more: Any) -> dict[str, Any]:
-    question = f"Tom has {at + 10} apples. At the park he finds 7. How many apples has Tom now?"
-    return {
-        "model": "mull-tiny",
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": 60,
-        "seed": at,
-        "strategy": {"kind": "self_consistency", "n": 8, "early_stop": "never"},
-        **more,
-    }
+VOTE = {"kind": "self_consistency", "n": 8, "early_stop": "never"}
 
 
 def finished(client: httpx.Client) -> Counter[str]:
@@ -46,13 +35,13 @@ def two(serve: Any, tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.slow
 def test_a_search_stays_on_one_engine_and_many_use_both(two: httpx.Client):
     before = finished(two)
-    reply = two.post(CHAT, json=asked(0)).json()
+    reply = two.post(CHAT, json=asked(0, strategy=VOTE)).json()
     alone = finished(two) - before
     assert reply["mull"]["usage"]["engine_calls"] == 8
     assert [*alone.values()] == [8]
     # The samples after the first round read the prompt from that engine's cache.
     with ThreadPoolExecutor(8) as pool:
-        replies = [*pool.map(lambda at: two.post(CHAT, json=asked(at)), range(1, 9))]
+        replies = [*pool.map(lambda at: two.post(CHAT, json=asked(at, strategy=VOTE)), range(1, 9))]
     assert {one.status_code for one in replies} == {200}
     together = finished(two) - before - alone
     assert together.total() == 64
