@@ -2,22 +2,20 @@
 
 import asyncio
 import contextlib
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import httpx
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from finetune.serving import started
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
+
+_READY_SECONDS = 180
 
 
 @contextlib.contextmanager
@@ -42,7 +40,10 @@ def server(
             "--kv-cache-memory-bytes",
             str(256 << 20),
         ]
-    with _started(command, **environment) as base:
+    with (
+        tempfile.TemporaryFile() as log,
+        started(command, log, seconds=_READY_SECONDS, **environment) as base,
+    ):
         yield base
 
 
@@ -50,46 +51,9 @@ def server(
 def gateway(upstream: str) -> Iterator[str]:
     """The base URL of a gateway before a server, ended afterwards."""
     mull = str(Path(sys.executable).parent / "mull")
-    with _started([mull, "gateway", "--upstream", upstream]) as base:
+    command = [mull, "gateway", "--upstream", upstream]
+    with tempfile.TemporaryFile() as log, started(command, log, seconds=_READY_SECONDS) as base:
         yield base
-
-
-@contextlib.contextmanager
-def _started(command: Sequence[str], **environment: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=os.environ | environment,
-        )
-        base = f"http://127.0.0.1:{port}"
-        try:
-            deadline = time.monotonic() + 180
-            while not _healthy(base):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise SystemExit(f"the server did not start:\n{log.read().decode()[-3000:]}")
-                time.sleep(0.2)
-            yield base
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _healthy(base: str) -> bool:
-    try:
-        return httpx.get(f"{base}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 async def ask_all(

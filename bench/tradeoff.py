@@ -51,6 +51,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verifier", metavar="NAME=PATH", help="a verifier adapter to judge by")
     parser.add_argument(
+        "--calibrations", metavar="DIR", help="what compute-optimal plans by; others get its rule"
+    )
+    parser.add_argument(
         "--queries", type=int, nargs="+", default=[1_000, 100_000], help="that share a training"
     )
     parser.add_argument("--families", nargs="+", choices=get_args(Family), default=None)
@@ -63,7 +66,9 @@ def run(options: argparse.Namespace) -> None:
     items = exam(options.seed, options.problems, families)
     served = [*options.adapters, *([options.verifier] if options.verifier else [])]
     flags = ["--enable-lora", "--max-loras", str(1 + len(served)), "--lora-modules", *served]
-    with server(options.url, options.path, flags if served and not options.url else []) as base:
+    known = {"MULL_CALIBRATIONS": options.calibrations} if options.calibrations else {}
+    flags = flags if served and not options.url else []
+    with server(options.url, options.path, flags, **known) as base:
         strategies = _strategies(options.verifier and options.verifier.split("=")[0])
         answered = asyncio.run(_measure(base, items, [*folders], strategies, options))
     model = Path(options.path or MULL_TINY)
@@ -110,7 +115,10 @@ def _strategies(verifier: str | None) -> dict[str, dict[str, Any]]:
             f"best-of-{n}": {"strategy": {"kind": "best_of_n", "n": n, "verifier": by}},
         }
     beam = {"kind": "beam_search", "width": 4, "branch": 4, "score": "min", "verifier": by}
-    return strategies | {"beam 4 x 4": {"strategy": beam}}
+    return strategies | {
+        "beam 4 x 4": {"strategy": beam},
+        "compute-optimal": {"strategy": {"kind": "compute_optimal"}},
+    }
 
 
 async def _measure(

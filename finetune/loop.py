@@ -7,10 +7,7 @@ operator would use: `mull serve`, `mull-finetune data`, a method, `/v1/adapters`
 
 import argparse
 import json
-import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from finetune import data, traces
+from finetune.serving import started
 from models import MULL_TINY
 
 COLUMNS: dict[str, traces.Kind] = {
@@ -103,6 +101,9 @@ def main(arguments: Sequence[str]) -> None:
         "--max-loss", type=float, default=0.05, help="of what must not be forgotten (default 0.05)"
     )
     parser.add_argument("--clients", type=int, default=16, help="questions at once (default 16)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that train together; on CPU, one a core pays"
+    )
     parser.add_argument("--serve", default="", help="further flags of mull serve, in one string")
     options, keys = parser.parse_known_args(arguments)
     exam = data.Exam(data.listed(data.read(options.exam)))
@@ -186,48 +187,20 @@ def _served(options: argparse.Namespace) -> Iterator[_Server]:
         )
     )
     key = secrets.token_hex(16)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     name = Path(options.model).name
-    command = [str(Path(sys.executable).parent / "mull"), "serve", "--port", str(port)]
+    command = [str(Path(sys.executable).parent / "mull"), "serve"]
     if options.model != str(MULL_TINY):  # which has defaults of its own
         command += ["--model", options.model, "--served-model-name", name]
     command += options.serve.split()
-    log = work / "server.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command,
-            stdout=sink,
-            stderr=sink,
-            env=os.environ | {"MULL_CONFIG": str(config), "MULL_ADMIN_KEY": key},
-        )
-    try:
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{port}",
-            headers={"X-Mull-Admin-Key": key},
-            timeout=_ANSWER_SECONDS,
-        ) as http:
-            _wait_ready(http, process, log)
-            yield _Server(http, name)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _READY_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if http.get("/health").status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    raise SystemExit(f"the server did not start; {log} ends with:\n{log.read_text()[-1500:]}")
+    known = {"MULL_CONFIG": str(config), "MULL_ADMIN_KEY": key}
+    with (
+        (work / "server.log").open("w+b") as log,
+        started(command, log, seconds=_READY_SECONDS, **known) as base,
+        httpx.Client(
+            base_url=base, headers={"X-Mull-Admin-Key": key}, timeout=_ANSWER_SECONDS
+        ) as http,
+    ):
+        yield _Server(http, name)
 
 
 def _round(
@@ -274,7 +247,7 @@ def _round(
     }
     flags = [part for k, value in given.items() if value for part in (f"--{k}", value)]
     config = [] if options.config is None else ["--config", options.config]
-    _run(options.method, *config, *flags, *keys)
+    _run(options.method, *config, *flags, *keys, processes=options.processes)
     manifest: Mapping[str, Any] = json.loads((folder / "adapter/manifest.json").read_text())
     served, verdict = server.publish(folder / "adapter", options.alias)
     color = "green" if served else "yellow"
@@ -294,9 +267,11 @@ def _round(
     )
 
 
-def _run(*arguments: str) -> None:
-    """A command of ours in a process of its own, whose memory goes with it."""
-    done = subprocess.run([sys.executable, "-m", "finetune", *arguments], check=False)
+def _run(*arguments: str, processes: int = 1) -> None:
+    """A command of ours in processes of its own, whose memory goes with them."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch = [*(torchrun if processes > 1 else []), "-m", "finetune"]
+    done = subprocess.run([sys.executable, *launch, *arguments], check=False)
     if done.returncode:
         raise SystemExit(f"mull-finetune {arguments[0]} failed")
 

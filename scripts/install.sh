@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install Mull into .venv: scripts/install.sh [EXTRA...]
 #
-#   EXTRA        dev (the default), finetune, calibrate, or none: just what serving needs
+#   EXTRA        dev (the default), finetune, calibrate, ray, or none: just what serving needs
 #   MULL_DEVICE  cpu or gpu; unset: what .venv was made for, else whether nvidia-smi works
 #   PYTHON       the interpreter to make .venv from; unset: the first that fits on PATH
 #
@@ -45,9 +45,9 @@ pip() {
 extras=("${@:-dev}")
 for extra in "${extras[@]}"; do
   case $extra in
-    dev | finetune | calibrate) ;;
+    dev | finetune | calibrate | ray) ;;
     none) [[ ${#extras[@]} == 1 ]] || fail "'none' goes with no other extra" ;;
-    *) fail "no extra is called '$extra': dev, finetune, calibrate or none" ;;
+    *) fail "no extra is called '$extra': dev, finetune, calibrate, ray or none" ;;
   esac
 done
 

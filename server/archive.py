@@ -9,7 +9,8 @@ import logging
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from server import metrics
@@ -21,6 +22,8 @@ SCHEMA_VERSION = 1
 
 _PARTS = 16
 """Files that share the directory's bytes, so that little is lost when the oldest goes."""
+
+_STAMP = "%Y%m%dT%H%M%S%f"
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +69,12 @@ class Archive:
             self._failing = False
 
     def _named(self) -> Path:
-        """A file that nobody else writes to; names sort by age."""
-        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        """A file that nobody else writes to; names sort by age even if the clock was set back."""
+        now = datetime.now(UTC).strftime(_STAMP)
+        for file in self._directory.glob("traces-*.jsonl"):
+            with suppress(ValueError):  # it has another name than ours
+                there = datetime.strptime(file.name.split("-")[1], _STAMP).replace(tzinfo=UTC)
+                now = max(now, (there + timedelta(microseconds=1)).strftime(_STAMP))
         return self._directory / f"traces-{now}-{uuid.uuid4().hex[:8]}.jsonl"
 
     def _make_room(self, wanted: int) -> None:

@@ -57,8 +57,12 @@ class Run:
 
     async def solve(self) -> Outcome:
         """Search to the end."""
+        context = self._context
         try:
-            outcome = await self.selection.strategy.solve(self._problem, self._context)
+            bidder = context.bidder
+            if bidder is not None and (bidder.equal or context.calibration is None):
+                context.budget, context.bidder = await bidder.share(), None
+            outcome = await self.selection.strategy.solve(self._problem, context)
         except asyncio.CancelledError:
             self._emit(Failed(stopped="cancelled"))
             raise

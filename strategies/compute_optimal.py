@@ -87,9 +87,6 @@ class ComputeOptimal(Strategy, frozen=True):
 
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Probe, plan, spend, until nothing more pays."""
-        bidder = ctx.bidder
-        if bidder is not None and (bidder.equal or ctx.calibration is None):
-            ctx.budget, bidder = await bidder.share(), None
         if ctx.calibration is None:
             why = "no calibration of this model and verifier: votes until 0.95 sure, 16 at most"
             ctx.emit(Planned(samples=0, option=str(min(self.n, _USUAL)), why=why))
@@ -99,7 +96,7 @@ class ComputeOptimal(Strategy, frozen=True):
                 n=min(self.n, _USUAL), early_stop="confidence", answer=self.answer
             )
             return await usual.solve(problem, ctx)
-        return await _Search(self, problem, ctx, ctx.calibration, bidder).run()
+        return await _Search(self, problem, ctx, ctx.calibration, ctx.bidder).run()
 
 
 class _Search:

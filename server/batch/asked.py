@@ -16,6 +16,7 @@ from server.wire import JSON, as_list, as_object
 from strategies.compute_optimal import ComputeOptimal
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest, NotFound
+from strategies.registry import STRATEGIES
 
 Allocation = Literal["marginal", "equal"]
 """By gain per token over all prompts, or the same for each."""
@@ -74,6 +75,7 @@ class Asked:
 
 
 def read(
+    kind: str,
     fields: JSON,
     *,
     models: Collection[str],
@@ -82,19 +84,22 @@ def read(
     shelf: Shelf,
     chat: ChatReader,
 ) -> Asked:
-    """A batch from the fields of a request.
+    """A batch of a strategy from the fields of a request.
 
     Raises:
         InvalidRequest: A field of it or of a line is unknown or out of bounds; it is named.
-        NotFound: There is no such model.
+        NotFound: There is no such strategy, or no such model.
     """
-    own = ComputeOptimal.model_fields
+    if kind not in STRATEGIES:
+        hint = nearest(kind, list(STRATEGIES))
+        raise NotFound(f"there is no strategy '{kind[:200]}'; {hint}")
+    own = STRATEGIES[kind].model_fields
     known = [*_OWN, *own, *chat.fields]
     for name in fields:
         if name not in known or name == "messages":
             raise InvalidRequest(
-                f"'{name}' is neither a field of a batch, of compute_optimal nor of a chat "
-                f"request; {nearest(name, known)}"
+                f"'{name}' is neither a field of a batch, of {kind} nor of a chat request; "
+                f"{nearest(name, known)}"
                 if name != "messages"
                 else "each line has its own messages: requests[…].body.messages",
                 field=name,
@@ -108,7 +113,7 @@ def read(
     if model not in models:
         raise NotFound(f"there is no model '{model[:200]}'; {nearest(model, sorted(models))}")
     strategy = parse(
-        {"kind": "compute_optimal"} | {name: fields[name] for name in fields if name in own},
+        {name: fields[name] for name in fields if name in own} | {"kind": kind},
         inside="",
     )
     shared = {k: v for k, v in fields.items() if k not in (*_OWN, *own)}
@@ -221,7 +226,10 @@ def _allocation(value: object, first: Selection) -> Allocation:
         if value == "marginal":
             raise InvalidRequest(
                 "'marginal' needs a calibration of this model: see mull calibrate, and "
-                "GET /v1/calibrations",
+                "GET /v1/calibrations"
+                if isinstance(first.strategy, ComputeOptimal)
+                else f"{first.strategy.kind} cannot tell where a token gains most; compute_optimal "
+                "can",
                 field="allocation",
             )
         return "equal"

@@ -141,9 +141,10 @@ class Output:
             samples=sum(one["samples"] for one in every),
         )
 
-    def begin(self, name: str) -> None:
-        """Say that a stretch is asked for, before it is."""
-        self._say({"stretch": name, "tokens": 0, "samples": 0, "leased": 0, "over": False})
+    def begin(self, name: str, leased: Mapping[str, Any]) -> None:
+        """Say that a stretch is asked for, before it is, and what it may spend untold."""
+        said = {"tokens": 0, "samples": leased.get("samples", 0), "over": False}
+        self._say({"stretch": name, **said, "leased": leased.get("tokens", 0)})
 
     def tell(self, name: str, account: Mapping[str, Any], *, over: bool) -> None:
         """Say what a stretch has spent, as the server tells."""

@@ -44,6 +44,7 @@ class Running:
     """One batch. Changes only between awaits."""
 
     def __init__(self, asked: Asked, *, running: int, owner: str) -> None:
+        self.kind = asked.lines[0].selection.strategy.kind
         self.owner = owner
         self.over = False
         self._asked = asked
@@ -183,14 +184,14 @@ class Batches:
             for name in over[: max(0, len(over) - _KEPT)]:
                 del self._known[name]
 
-    def find(self, name: str, owner: str) -> Running:
-        """The newest of that name.
+    def find(self, kind: str, name: str, owner: str) -> Running:
+        """The newest of that name and strategy.
 
         Raises:
             NotFound: There is none, or another key started it.
         """
         found = self._known.get(name)
-        if found is None or found.owner != owner:
+        if found is None or (found.kind, found.owner) != (kind, owner):
             raise NotFound(f"there is no batch '{name[:100]}' of yours")
         return found
 

@@ -1,4 +1,4 @@
-"""`/v1/strategies/compute_optimal/batch`: many prompts, one budget, results as they are decided."""
+"""`/v1/strategies/{kind}/batch`: many prompts, one budget, results as they are decided."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from strategies.core.errors import InvalidRequest
 
 router = APIRouter(tags=["mull"])
 
-_PATH = "/v1/strategies/compute_optimal/batch"
+_PATH = "/v1/strategies/{kind}/batch"
 
 _BODY = {
     "type": "object",
@@ -50,7 +50,7 @@ _BODY = {
         "store": {"type": "boolean"},
     },
     "description": "Lines of an OpenAI batch file, a budget for all of them together, sampling "
-    "fields for lines that have none of their own, and compute_optimal's fields.",
+    "fields for lines that have none of their own, and the strategy's fields.",
 }
 
 
@@ -60,8 +60,8 @@ _BODY = {
         "requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}
     },
 )
-async def solve(request: Request) -> Response:
-    """Run `compute_optimal` on many prompts under one budget.
+async def solve(kind: str, request: Request) -> Response:
+    """Run a strategy on many prompts under one budget.
 
     A whole reply lists the results in order; a stream has an event for each as it is decided.
     """
@@ -78,6 +78,7 @@ async def solve(request: Request) -> Response:
     if state.adapters is not None:
         await state.adapters.look()
     asked = read(
+        kind,
         fields,
         models=state.served(),
         headers=request.headers,
@@ -94,9 +95,9 @@ async def solve(request: Request) -> Response:
 
 
 @router.get(f"{_PATH}/{{name}}")
-async def account(name: str, request: Request) -> dict[str, Any]:
+async def account(kind: str, name: str, request: Request) -> dict[str, Any]:
     """How far a batch is or came, by the `X-Request-Id` that it was started with."""
-    return request.app.state.batches.find(name, owner(request.headers)).account()
+    return request.app.state.batches.find(kind, name, owner(request.headers)).account()
 
 
 async def _happening(asked: Asked, request: Request) -> AsyncGenerator[tuple[str, JSON], None]:

@@ -49,13 +49,16 @@ class Lease:
     def settle(self, spent: int, *, unused: int = 0) -> None:
         """Give back what was not spent, and samples that were not started.
 
+        `unused` below zero: so many more were started, where samples have no limit.
+
         Spending more than was leased is a bug and raises.
         """
         if self._budget is None:
             raise RuntimeError("the lease was settled before")
         if not 0 <= spent <= self.tokens:
             raise RuntimeError(f"{spent} tokens spent on a lease of {self.tokens}")
-        if not 0 <= unused <= self.samples:
+        least = 0 if self._budget.samples_left is not None else unused
+        if not least <= unused <= self.samples:
             raise RuntimeError(f"{unused} samples unused of a lease of {self.samples}")
         self._budget.settled(self.tokens, spent, unused)
         self._budget = None

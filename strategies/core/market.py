@@ -323,5 +323,7 @@ class Bidder:
         if self._held is not None:
             (grant, budget), self._held = self._held, None
             budget.reserve(budget.left or 0, samples=0)  # what goes back is no longer its own
-            unused = max(0, grant.samples - budget.samples)
+            unused = grant.samples - budget.samples
+            if self._market.budget.samples_left is not None:
+                unused = max(0, unused)  # a search starts more than it could say
             self._market.settle(self._prompt, budget.spent, unused=unused)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import stat
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,34 @@ async def test_the_newest_stay_when_the_directory_is_full(tmp_path: Path):
     assert kept == list(range(60 - len(kept), 60))
     assert 10 < len(kept) < 40
     assert sum(len(json.dumps(one)) + 1 for one in lines(tmp_path)) <= 32_000
+
+
+async def test_a_clock_that_is_set_back_costs_no_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    archive = Archive(tmp_path, most_bytes=32_000)
+    for at in range(60):
+        if at == 30:
+            await asyncio.get_running_loop().run_in_executor(archive._writer, int)
+            yesterday = datetime.now(UTC) - timedelta(days=1)
+            monkeypatch.setattr("server.archive.datetime", StoppedClock(yesterday))
+        archive.keep(ended(f"{at} {'x' * 700}"))
+    await archive.close()
+    kept = [int(one["candidates"][0]["text"].split()[0]) for one in lines(tmp_path)]
+    assert kept == list(range(60 - len(kept), 60))
+    assert 10 < len(kept) < 40
+
+
+class StoppedClock:
+    """A `datetime` whose `now` is always the same."""
+
+    def __init__(self, now: datetime) -> None:
+        self._now = now
+
+    def now(self, zone: Any) -> datetime:
+        return self._now
+
+    strptime = staticmethod(datetime.strptime)
 
 
 async def test_a_directory_that_went_away_fails_no_run(

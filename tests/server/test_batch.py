@@ -82,6 +82,35 @@ def test_a_batch_keeps_to_one_budget_and_every_prompt_has_an_answer(
         assert max(spent) <= tokens // 6
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("chain_of_thought", {}),
+        ("best_of_n", {"n": 4}),
+        ("self_consistency", {"n": 8}),
+        ("beam_search", {"width": 2, "branch": 2}),
+        ("tree_of_thoughts", {"width": 2}),
+    ],
+)
+def test_any_strategy_takes_a_batch_in_equal_parts(
+    client: httpx.Client, kind: str, fields: dict[str, Any]
+):
+    before = generated(client)
+    path = f"/v1/strategies/{kind}/batch"
+    reply = client.post(path, json=body(4, 1200) | fields, headers={"X-Request-Id": f"all-{kind}"})
+    assert reply.status_code == 200, reply.text
+    said = reply.json()
+    spent = [one["response"]["body"]["usage"]["completion_tokens"] for one in said["data"]]
+    assert said["allocation"] == "equal"
+    assert max(spent) <= 300
+    assert sum(spent) == said["spent"]["tokens"] == generated(client) - before
+    assert all(one["response"]["body"]["mull"] for one in said["data"])
+    told = client.get(f"{path}/all-{kind}").json()
+    assert told["over"]
+    assert told["spent"]["samples"] >= 4
+    assert client.get(f"/v1/strategies/given/batch/all-{kind}").status_code == 404
+
+
 def test_a_stream_tells_each_result_as_it_is_decided_and_how_far_it_is(client: httpx.Client):
     reply = client.post(PATH, json=body(8, 4000, stream=True))
     assert reply.headers["content-type"].startswith("text/event-stream")

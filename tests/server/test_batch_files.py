@@ -11,8 +11,9 @@ from server.batch.asked import read
 from server.batch.file import Output, Spent, Unusable, rows
 from server.calibration.shelf import Shelf
 from server.settings import Settings
+from strategies.best_of_n import BestOfN
 from strategies.core.budget import Limits
-from strategies.core.errors import InvalidRequest
+from strategies.core.errors import InvalidRequest, NotFound
 
 
 class Chat:
@@ -22,7 +23,7 @@ class Chat:
         return body
 
 
-def asked(settings: Settings | None = None, **more: Any):
+def asked(settings: Settings | None = None, kind: str = "compute_optimal", **more: Any):
     turns = [{"role": "user", "content": "1 + 1?"}]
     fields = {
         "model": "m",
@@ -30,6 +31,7 @@ def asked(settings: Settings | None = None, **more: Any):
         "budget": {"tokens": 403},
     }
     return read(
+        kind,
         fields | more,
         models={"m"},
         headers=Headers({}),
@@ -46,6 +48,19 @@ def test_without_a_calibration_the_split_is_equal_and_marginal_is_refused():
     with pytest.raises(InvalidRequest, match="calibration") as refused:
         asked(allocation="marginal")
     assert refused.value.field == "allocation"
+
+
+def test_any_strategy_has_its_fields_and_an_equal_split():
+    found = asked(kind="best_of_n", n=5)
+    assert found.allocation == "equal"
+    assert found.lines[0].selection.strategy == BestOfN(n=5)
+    with pytest.raises(InvalidRequest, match="compute_optimal can"):
+        asked(kind="best_of_n", allocation="marginal")
+    with pytest.raises(InvalidRequest, match="of best_of_n nor") as refused:
+        asked(kind="best_of_n", target_confidence=0.9)
+    assert refused.value.field == "target_confidence"
+    with pytest.raises(NotFound, match="best_of_n"):
+        asked(kind="best_of_m")
 
 
 def test_the_operators_limits_hold_for_so_many_requests():
@@ -83,7 +98,7 @@ def test_an_output_goes_on_without_its_torn_line(source: Path, tmp_path: Path):
     file = tmp_path / "out.jsonl"
     with Output(file, source=source, asked=ASKED) as output:
         output.write({"custom_id": "a", "x": "é"})
-        output.begin("one")
+        output.begin("one", {})
         output.tell("one", account(70, 30), over=False)
     for torn, where in (('{"custom_id": "b", "x": "', file), ('{"stretch": "on', output.journal)):
         with where.open("a") as opened:
@@ -100,7 +115,7 @@ def test_an_output_goes_on_without_its_torn_line(source: Path, tmp_path: Path):
 
 def test_what_nobody_knows_any_more_counts_as_spent(source: Path, tmp_path: Path):
     with Output(tmp_path / "out.jsonl", source=source, asked=ASKED) as output:
-        output.begin("one")
+        output.begin("one", {})
         output.tell("one", account(70, 30), over=False)
         output.lost("one")
         assert output.open == []

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.best_of_n import BestOfN
 from strategies.compute_optimal import ComputeOptimal
 from strategies.core.budget import Budget, Limits
 from strategies.core.errors import EngineUnavailable, MullError, NoCandidate
 from strategies.core.events import Planned
 from strategies.core.market import Bidder, Grant, Market, Offer, Probe
+from strategies.core.strategy import Strategy
 from strategies.core.testing import FakeEngine, FakeVerifier, context
 from strategies.core.types import Outcome, Problem
 from tests.strategies.test_calibration import calibration
@@ -260,6 +262,7 @@ async def solved(
     limits: Limits,
     running: int = 4,
     equal: bool = False,
+    strategy: Strategy | None = None,
     searches: bool = False,
     failing: int | None = None,
     delay: float = 0.0,
@@ -284,8 +287,10 @@ async def solved(
             async with context(engines[at], verifier=verifier) as ctx:
                 ctx.calibration, ctx.bidder = known, bidder
                 try:
+                    if equal:  # as the server does for every strategy
+                        ctx.budget, ctx.bidder = await bidder.share(), None
                     problem = Problem(token_ids=(1, at), max_tokens=12, seed=at)
-                    return await ComputeOptimal().solve(problem, ctx)
+                    return await (strategy or ComputeOptimal()).solve(problem, ctx)
                 except MullError as error:
                     return error
                 finally:
@@ -360,6 +365,13 @@ async def test_an_equal_split_gives_each_the_same():
     )
     assert all(engine.tokens <= 16 for engine in engines)
     assert "market" not in plans[3][-1].why
+
+
+async def test_samples_that_no_share_bounds_are_counted_as_they_are():
+    _, _, market, engines = await solved(
+        [SPLIT] * 3, limits=Limits(tokens=300), equal=True, strategy=BestOfN(n=5)
+    )
+    assert market.budget.samples == sum(engine.calls for engine in engines) == 15
 
 
 async def test_a_cancelled_prompt_gives_back_what_it_holds():
