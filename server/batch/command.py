@@ -310,7 +310,13 @@ class _Run:
     async def _account(self, client: httpx.AsyncClient, name: str) -> JSON | None:
         """Of a stretch that is over; None if the server knows none."""
         while True:
-            reply = await client.get(f"{self._terms.path}/{name}")
+            try:
+                reply = await client.get(f"{self._terms.path}/{name}")
+            except httpx.TransportError as error:
+                raise Stopped(
+                    f"{client.base_url} may know what was spent on '{name}', and does not answer: "
+                    f"{error or type(error).__name__}; if it is gone for good, leave out its --url"
+                ) from error
             if reply.status_code == 404:
                 return None
             account: JSON = reply.raise_for_status().json()

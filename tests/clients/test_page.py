@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from finetune.tiny.problems import exam, grade
-from tests.server.conftest import serving
+from tests.server.conftest import Served, before, serving
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "clients.md").read_text()
@@ -41,15 +42,28 @@ QUESTION = "Tom has 12 apples. Ann gets 4 from him. How many apples does Tom hav
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Plain HTTP to a server as the page has it."""
-    folder = tmp_path_factory.mktemp("clients")
-    (folder / "mull.yaml").write_text(example("A preset", "yaml"))
-    with (
-        serving(folder / "log", MULL_CONFIG=str(folder / "mull.yaml")) as served,
-        httpx.Client(base_url=served.url, timeout=120) as client,
-    ):
-        yield client
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's configuration."""
+    file = tmp_path_factory.mktemp("clients") / "mull.yaml"
+    file.write_text(example("A preset", "yaml"))
+    return file
+
+
+@pytest.fixture(scope="module")
+def served(config: Path) -> Iterator[Served]:
+    """A server as the page has it."""
+    with serving(config.with_name("log"), MULL_CONFIG=str(config)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module", params=["serve", "gateway"])
+def plain(request: pytest.FixtureRequest, config: Path, served: Served) -> Iterator[httpx.Client]:
+    """Plain HTTP to it, and to a gateway before it."""
+    with ExitStack() as stack:
+        if request.param == "gateway":
+            log = config.with_name("gateway.log")
+            served = stack.enter_context(before(log, served.url, MULL_CONFIG=str(config)))
+        yield stack.enter_context(httpx.Client(base_url=served.url, timeout=120))
 
 
 def ask(plain: httpx.Client, question: str = QUESTION, **fields: Any) -> dict[str, Any]:
@@ -90,8 +104,10 @@ def test_whole_and_streamed_replies(plain: httpx.Client, tmp_path: Path, title: 
     assert run(plain, example(title), where / "python", tmp_path) == f"{text} {tokens}\n{text}"
 
 
-def test_anthropic(plain: httpx.Client, tmp_path: Path):
-    printed = run(plain, example("Anthropic"), OURS / "python", tmp_path)
+def test_anthropic(served: Served, tmp_path: Path):
+    """A gateway refuses `/v1/messages`."""
+    with httpx.Client(base_url=served.url) as plain:
+        printed = run(plain, example("Anthropic"), OURS / "python", tmp_path)
     *text, votes = printed.splitlines()
     counted = ast.literal_eval(votes)
     assert sum(counted.values()) == 8
