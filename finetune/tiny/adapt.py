@@ -101,7 +101,8 @@ class Verifier(Recipe):
 class Prices(Recipe):
     """Learns another family."""
 
-    steps: int = 400
+    steps: int = 560
+    batch: int = 16
     rate: float = 0.01
     replay: float = 0.5
     """The share of problems from the families that pretraining saw."""
