@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -87,6 +87,7 @@ def read(name: str, *, split: str = "train") -> Dataset:
     Raises:
         SystemExit: There are none, or they cannot be read.
     """
+    disable_progress_bars()  # one for all of it is enough
     path = Path(name)
     try:
         if path.suffix.lstrip(".") in _READERS:

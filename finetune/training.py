@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -71,7 +71,6 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disable_progress_bars()
     transformers_logging.disable_progress_bar()
     logging.getLogger("vllm").setLevel(logging.ERROR)  # also of what it says while it is imported
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
