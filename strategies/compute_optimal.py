@@ -29,7 +29,7 @@ _AT_MOST = 3
 class ComputeOptimal(Strategy, frozen=True):
     """Draw a few samples, estimate how hard the problem is, and go on while it pays.
 
-    What `mull calibrate` has learned of this model says, after 2, 3, 4, 6 … samples, how probable
+    What `mull calibrate` has learned of this model says, after 1, 2, 3, 4, 6 … samples, how likely
     it is that the leading answer is right, how likely the problem is of each bin of difficulty, and
     what each option (more samples, a search) would gain and cost. An option is taken if it gains
     more P(right) than its tokens are worth; their price is what accuracy costs at the end of the

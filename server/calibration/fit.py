@@ -34,8 +34,6 @@ from strategies.core.calibration import (
 np, learn = cast(Any, numpy), cast(Any, sklearn)  # neither has types
 
 FOLDS = 5
-_PRIOR = 2.0
-"""Imagined problems behind each rate, that behave as those of all bins do."""
 _MOST_KNOTS = 64
 
 
@@ -85,8 +83,8 @@ def right(votes: Sequence[Vote], rule: Rule) -> bool:
 
 
 def stages_of(samples: int) -> tuple[int, ...]:
-    """2, 3, 4, 6, 8, 12, 16 … as far as the pool reaches."""
-    found = sorted({k * 2**power for power in range(8) for k in (2, 3)})
+    """1, 2, 3, 4, 6, 8, 12, 16 … as far as the pool reaches."""
+    found = sorted({1, *(k * 2**power for power in range(8) for k in (2, 3))})
     return tuple(n for n in found if n <= samples) or (samples,)
 
 
@@ -157,13 +155,13 @@ def _stage(
     for m in later:
         after = np.array([right(order[:m], rule) for _, order in orders])
         cost = np.array([pool[at].cost(order[n:m]) for at, order in orders])
-        options.append(_more(str(m), now, after, cost, bins, count))
+        options.append(_more(str(m), scaled, after, cost, bins, count))
     for name in pool[0].searches:
         after = np.array(
             [right([*order[:n], *pool[at].searches[name][0]], rule) for at, order in orders]
         )
         cost = np.array([float(pool[at].searches[name][1]) for at, _ in orders])
-        options.append(_more(name, now, after, cost, bins, count))
+        options.append(_more(name, scaled, after, cost, bins, count))
     return Stage(
         samples=n,
         centre=tuple(scaler.mean_.tolist()),
@@ -179,29 +177,38 @@ def _confidence(
     scaled: Any, now: Any, groups: Any
 ) -> tuple[Logit, tuple[tuple[float, float], ...]]:
     """A logistic model, and how often it was right where it says so, out of fold."""
+    model = _whether(scaled, now)
     if len(set(now.tolist())) < 2:
-        return Logit(weights=(0.0,) * scaled.shape[1], bias=_logit(now.mean(), len(now))), ()
-    model = learn.linear_model.LogisticRegression(max_iter=2000)
+        return model, ()
     folds = learn.model_selection.GroupKFold(min(FOLDS, len(set(groups.tolist()))))
     said = learn.model_selection.cross_val_predict(
-        model, scaled, now, groups=groups, cv=folds, method="predict_proba"
+        _logistic(), scaled, now, groups=groups, cv=folds, method="predict_proba"
     )[:, 1]
     steps = learn.isotonic.IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(said, now)
-    model.fit(scaled, now)
     knots = list(zip(steps.X_thresholds_.tolist(), steps.y_thresholds_.tolist(), strict=True))
     thinned = knots[:: max(1, len(knots) // _MOST_KNOTS)]
     if thinned[-1] != knots[-1]:
         thinned.append(knots[-1])
-    return Logit(weights=tuple(model.coef_[0].tolist()), bias=float(model.intercept_[0])), tuple(
-        thinned
-    )
+    return model, tuple(thinned)
+
+
+def _logistic() -> Any:
+    return learn.linear_model.LogisticRegression(max_iter=2000)
+
+
+def _whether(scaled: Any, what: Any) -> Logit:
+    """A logistic model of something that is so or not; a constant where it always is, or never."""
+    if len(set(what.tolist())) < 2:
+        return Logit(weights=(0.0,) * scaled.shape[1], bias=_logit(what.mean(), len(what)))
+    model = _logistic().fit(scaled, what)
+    return Logit(weights=tuple(model.coef_[0].tolist()), bias=float(model.intercept_[0]))
 
 
 def _difficulty(scaled: Any, bins: Any, count: int) -> tuple[Logit, ...]:
     flat = (0.0,) * scaled.shape[1]
     if len(set(bins.tolist())) < 2:
         return tuple(Logit(weights=flat, bias=0.0) for _ in range(count))
-    model = learn.linear_model.LogisticRegression(max_iter=2000).fit(scaled, bins)
+    model = _logistic().fit(scaled, bins)
     if count == 2:  # a single row, which speaks of the second bin
         return Logit(weights=flat, bias=0.0), Logit(
             weights=tuple(model.coef_[0].tolist()), bias=float(model.intercept_[0])
@@ -212,19 +219,10 @@ def _difficulty(scaled: Any, bins: Any, count: int) -> tuple[Logit, ...]:
     )
 
 
-def _more(option: str, now: Any, after: Any, cost: Any, bins: Any, count: int) -> More:
-    def rates(of: Any, what: Any) -> tuple[float, ...]:
-        overall = float(what[of].mean()) if of.any() else 0.0
-        return tuple(
-            float(what[of & (bins == at)].sum() + _PRIOR * overall)
-            / float((of & (bins == at)).sum() + _PRIOR)
-            for at in range(count)
-        )
-
+def _more(option: str, scaled: Any, after: Any, cost: Any, bins: Any, count: int) -> More:
     return More(
         option=option,
-        repairs=rates(~now, after),
-        spoils=rates(now, ~after),
+        right=_whether(scaled, after),
         tokens=tuple(
             float(cost[bins == at].mean()) if (bins == at).any() else float(cost.mean())
             for at in range(count)

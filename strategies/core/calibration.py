@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -106,16 +106,14 @@ class Logit(_Fitted):
 
 
 class More(_Fitted):
-    """What going on to `option` brings, by bin."""
+    """What going on to `option` brings."""
 
     option: str
     """A number of samples, or the name of a search."""
-    repairs: tuple[Share, ...]
-    """P(right after it | wrong now)."""
-    spoils: tuple[Share, ...]
-    """P(wrong after it | right now)."""
+    right: Logit
+    """Whether the answer that leads after it is."""
     tokens: tuple[Annotated[Number, Field(ge=0)], ...]
-    """Further tokens, the verifier's included."""
+    """By bin, further tokens, the verifier's included."""
 
 
 class Stage(_Fitted):
@@ -129,7 +127,7 @@ class Stage(_Fitted):
     difficulty: tuple[Logit, ...] = Field(min_length=1, max_length=32)
     """One per bin; their softmax is the posterior."""
     right: Logit
-    """Whether the leading answer is."""
+    """Whether the answer that leads now is."""
     knots: tuple[tuple[Share, Share], ...] = Field(default=(), max_length=1024)
     """What `right` says, and how often it was so; ascending. What lies between is interpolated."""
     more: tuple[More, ...] = Field(default=(), max_length=64)
@@ -184,7 +182,7 @@ class Cell(_Fitted):
 class Calibration(_Fitted):
     """All of it; a file of `mull calibrate`, which people can read."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     model: str
     """The served name of what was calibrated."""
@@ -211,7 +209,7 @@ class Calibration(_Fitted):
             if len(stage.difficulty) != bins:
                 raise ValueError(f"stage {stage.samples} does not speak of {bins} bins")
             for more in stage.more:
-                if {len(more.repairs), len(more.spoils), len(more.tokens)} != {bins}:
+                if len(more.tokens) != bins:
                     raise ValueError(f"'{more.option}' does not speak of {bins} bins")
                 if not more.option.isdigit() and more.option not in self.searches:
                     raise ValueError(f"there is no search '{more.option}'")
@@ -274,22 +272,20 @@ def outlook(
 ) -> Outlook:
     """What is known after these samples, of which there are to be `most` at most.
 
-    The gain of an option is (1 - c) * repairs - c * spoils, over bins by their posterior, where c
-    is the confidence.
+    The gain of an option is P(right after it) - P(right now), both by logistic models of the same
+    features; its tokens are the mean over bins by their posterior.
     """
     stage = calibration.stage(len(ballots))
     raw = features(ballots, calibration.rule, prompt_tokens)
-    sure, posterior = stage.confidence(raw), tuple(stage.posterior(raw))
+    posterior, scaled = tuple(stage.posterior(raw)), stage.scaled(raw)
+    now = _sigmoid(stage.right(scaled))
     options: list[tuple[str, float, float]] = []
     for more in stage.more:
         if more.option.isdigit() and int(more.option) > most:
             continue
-        tokens, repairs, spoils = (
-            sum(p * x for p, x in zip(posterior, values, strict=True))
-            for values in (more.tokens, more.repairs, more.spoils)
-        )
-        options.append((more.option, (1 - sure) * repairs - sure * spoils, tokens))
-    return Outlook(sure, posterior, tuple(options))
+        tokens = sum(p * x for p, x in zip(posterior, more.tokens, strict=True))
+        options.append((more.option, _sigmoid(more.right(scaled)) - now, tokens))
+    return Outlook(stage.confidence(raw), posterior, tuple(options))
 
 
 def plan(

@@ -1,5 +1,7 @@
 """The planner: what an answer's confidence, the gain of more and the price of a token decide."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,11 +43,13 @@ def stage(samples: int, *more: More) -> Stage:
 
 
 def calibration(rule: Rule = "votes") -> Calibration:
-    def more(option: str, tokens: float, repairs: float) -> More:
+    def more(option: str, tokens: float, gain: float) -> More:
+        """It gains so much where the leader has half of the samples, and nothing if it has all."""
+        half, whole = math.log((0.5 + gain) / (0.5 - gain)), 4.9
+        slope = 2 * (whole - half)
         return More(
             option=option,
-            repairs=(repairs, repairs / 4),
-            spoils=(0.1, 0.01),
+            right=logit(share_of_the_leading_answer=slope, bias=whole - slope),
             tokens=(tokens, tokens),
         )
 
@@ -57,8 +61,8 @@ def calibration(rule: Rule = "votes") -> Calibration:
         rule=rule,
         bins=(Bin(below=0.5, problems=10), Bin(below=1.0, problems=10)),
         stages=(
-            stage(2, more("4", 40.0, 0.5), more("8", 120.0, 0.55), more("beam", 90.0, 0.6)),
-            stage(4, more("8", 80.0, 0.2)),
+            stage(2, more("4", 40.0, 0.2), more("8", 120.0, 0.225), more("beam", 90.0, 0.25)),
+            stage(4, more("8", 80.0, 0.05)),
             stage(8),
         ),
         searches={"beam": {"kind": "beam_search", "width": 2, "branch": 2}},
