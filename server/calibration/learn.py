@@ -252,9 +252,18 @@ def _plot(whole: Calibration, pool: Sequence[Pooled], held: Sequence[_Held], pat
             )
         axis.set(xscale="log", xlabel="tokens", title=f"samples right < {whole.bins[at].below:.2f}")
     axes[1][0].set_ylabel("accuracy (majority, rule, search)")
+    for axis in (frontier, *axes[1][:bins]):
+        axis.minorticks_off()  # whose labels would overlap
+        axis.set_xticks([10.0**k * step for k in range(1, 6) for step in (1, 2, 5)], minor=False)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlim(*_around(axis.dataLim.intervalx))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plots.close(figure)
+
+
+def _around(limits: Sequence[float]) -> tuple[float, float]:
+    return limits[0] / 1.2, limits[1] * 1.2
 
 
 def _grader(name: str) -> Grade:
