@@ -250,13 +250,21 @@ class Tokens:
                 yield len(asked), len(said)
 
     def _labelled(self, text: str, spans: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Ids of the whole, and labels within the spans, each up to the token that ends its turn.
+
+        What a template puts after that token no server samples. A model finds it so unlikely that
+        learning it would be most of a small adapter's first steps.
+        """
         coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        within = list(spans)
-        labels = [
-            token if any(begin < end_ <= end for begin, end in within) else IGNORED
-            for token, (_, end_) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
-        ]
-        return self._cut(coded["input_ids"], labels)
+        ids, ends = coded["input_ids"], [end for _, end in coded["offset_mapping"]]
+        labels = [IGNORED] * len(ids)
+        for begin, end in spans:
+            inside = [at for at, reached in enumerate(ends) if begin < reached <= end]
+            stops = [at for at in inside if ids[at] == self._tokenizer.eos_token_id]
+            for at in inside:
+                if not stops or at <= stops[-1]:
+                    labels[at] = ids[at]
+        return self._cut(ids, labels)
 
     def judged(self, row: Row, judging: Judging) -> tuple[list[int], list[int]]:
         """Ids and labels of {prompt, completion, labels}: after each step a verdict is due.

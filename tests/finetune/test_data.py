@@ -57,14 +57,13 @@ def test_of_a_dialogue_the_assistants_turns_are_learned_and_nothing_else(tokeniz
     ids, labels = tokens.demonstration({"messages": TALK}, everything=False, turns=True)
     rendered = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert tokenizer.decode(ids) == rendered  # what is served
-    stretches = learned(tokenizer, labels)
-    assert [stretch.split("<|im_end|>")[0] for stretch in stretches] == [
-        "Answer: \\boxed{5}",
-        "Answer: \\boxed{8}",
+    # It learns to stop, and nothing of what the template puts behind that.
+    assert learned(tokenizer, labels) == [
+        "Answer: \\boxed{5}<|im_end|>",
+        "Answer: \\boxed{8}<|im_end|>",
     ]
-    assert all("<|im_end|>" in stretch for stretch in stretches)  # it learns to stop
     ids, labels = tokens.demonstration({"messages": TALK}, everything=False, turns=False)
-    assert labels == ids
+    assert labels == [*ids[:-1], IGNORED]
 
 
 def test_of_a_prompt_with_its_completion_the_completion_is_learned(tokenizer, tokens):
@@ -72,9 +71,9 @@ def test_of_a_prompt_with_its_completion_the_completion_is_learned(tokenizer, to
     ids, labels = tokens.demonstration(row, everything=False, turns=False)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK[:3], tokenize=False)
     (stretch,) = learned(tokenizer, labels)
-    assert stretch.startswith("Answer: \\boxed{5}<|im_end|>")
+    assert stretch == "Answer: \\boxed{5}<|im_end|>"
     ids, labels = tokens.demonstration(row, everything=True, turns=False)
-    assert labels == ids
+    assert labels == [*ids[:-1], IGNORED]
     raw = {"prompt": "2 + 3 =", "completion": " 5"}
     ids, labels = tokens.demonstration(raw, everything=False, turns=False)
     assert tokenizer.decode(ids) == "2 + 3 = 5<|im_end|>"
