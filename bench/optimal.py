@@ -3,16 +3,17 @@
 `--calibrations DIR` holds what `mull calibrate` has learned of the model, from problems that are
 not those asked here. Fixed numbers of samples are read off one pool of 32 samples a problem, judged
 by the calibration's verifier: the mean over choices of n of them. Compute-optimal answers for real,
-with the tokens of n samples as its budget. JSON: `rows` has one object per method and family ("all"
-for all), with `accuracy` and `tokens` (verifiers' included) as [value, standard error]. `reach`:
-the tokens that fixed majority and best-of-n take at 16 samples over those that compute-optimal
-takes to be as accurate, interpolated, with a 95 % interval over resampled problems; null where it
-never is. `equal_tokens`: points of compute-optimal over each fixed curve at its own tokens.
-`calibration`: by budget and for all, by tenth of confidence `[runs, mean confidence, share right]`
-and the expected error. `abstention`: accuracy of the surest share of the answers. `overhead`: the
-share of a run's wall time that planning takes, median. `batches`: by budget, accuracy of `--batch`
-problems under one budget by marginal gain and in equal parts, their paired difference in points,
-and tokens spent of those allowed.
+with the tokens of n samples as each problem's budget, and as `mean_tokens`. JSON: `rows` has one
+object per method and family ("all" for all), with `accuracy` and `tokens` (verifiers' included) as
+[value, standard error]. `reach`: the tokens that fixed majority and best-of-n take at 16 samples
+over those that compute-optimal takes to be as accurate, interpolated, with a 95 % interval over
+resampled problems; null where it never is. `equal_tokens`: points of compute-optimal over each
+fixed curve at its own tokens. `calibration`: by budget and for all, by tenth of confidence `[runs,
+mean confidence, share right]` and the expected error. `abstention`: accuracy of the surest share of
+the answers. `overhead`: the share of a run's wall time that planning takes, median. `batches`: by
+budget, accuracy of `--batch` problems under one budget by marginal gain and in equal parts, paired
+differences in points to that and to fixed strategies with as many tokens, and tokens spent of those
+allowed.
 """
 
 import argparse
@@ -47,7 +48,8 @@ NS = (1, 2, 4, 8, 16, 32)
 BATCHED = (2, 4, 8)
 """Samples whose tokens are a batch's budget a problem."""
 
-OURS = "compute-optimal"
+OURS = ("compute-optimal, each", "compute-optimal, mean")
+"""With the tokens of n samples as each problem's budget, and as what all are to take on average."""
 
 Curve = dict[int, list["Answered"]]
 """By number of samples, the answers to all problems."""
@@ -89,9 +91,11 @@ def run(options: argparse.Namespace) -> None:
         ],
         "reach": _reach(curves, len(items), options.seed),
         "equal_tokens": _equal_tokens(curves, items),
-        "calibration": _calibration(curves[OURS]),
-        "abstention": _abstention(curves[OURS]),
-        "overhead": median([one.planning for of in curves[OURS].values() for one in of]),
+        "calibration": [row for ours in OURS for row in _calibration(ours, curves[ours])],
+        "abstention": _abstention(curves[OURS[1]]),
+        "overhead": median(
+            [one.planning for ours in OURS for of in curves[ours].values() for one in of]
+        ),
         "batches": batches,
     }
     _show(figures)
@@ -122,10 +126,9 @@ async def _measure(
                 raise SystemExit(f"{kind}: {reply.text}")
             return reply.json()
 
-        async def optimal(item: Item, tokens: float) -> Answered:
+        async def optimal(item: Item, fields: dict[str, Any]) -> Answered:
             began = time.monotonic()
-            asked = {"budget": {"tokens": round(tokens)}, "trace": "full"}
-            found = await said("compute_optimal", body(item) | asked)
+            found = await said("compute_optimal", body(item) | fields | {"trace": "full"})
             seconds = time.monotonic() - began
             return Answered(
                 right=float(grade(item, found["text"])),
@@ -150,11 +153,15 @@ async def _measure(
                 for method in (FIXED[:1] if verifier is None else FIXED)
             }
             each = mean([one.tokens for one in curves[[*curves][-1]][1]])
-            curves[OURS] = {
-                n: await all_of(lambda item, n=n: optimal(item, n * each), f"{OURS}, {n} samples")
-                for n in NS
-                if n > 1
-            }
+            for ours in OURS:
+                curves[ours] = {}
+                for n in NS[1:]:
+                    tokens = round(n * each)
+                    fields = {"budget": {"tokens": tokens}, "mean_tokens": tokens}
+                    del fields["budget" if ours == OURS[1] else "mean_tokens"]
+                    curves[ours][n] = await all_of(
+                        lambda item, fields=fields: optimal(item, fields), f"{ours}, {n} samples"
+                    )
             some = random.Random(options.seed).sample(items, min(options.batch, len(items)))
             task = progress.add_task("batches", total=2 * len(BATCHED))
             batches: list[dict[str, Any]] = []
@@ -176,7 +183,12 @@ async def _measure(
                     }
                     found[allocation] = _batch(await said("compute_optimal/batch", asked), some)
                     progress.advance(task)
-                batches.append(_compared(n, round(n * each) * len(some), found))
+                fixed_at = {
+                    method: [curve[n][items.index(item)].right for item in some]
+                    for method, curve in curves.items()
+                    if method not in OURS
+                }
+                batches.append(_compared(n, round(n * each) * len(some), found, fixed_at))
     return curves, batches
 
 
@@ -206,8 +218,16 @@ def _batch(reply: dict[str, Any], items: Sequence[Item]) -> tuple[list[float], i
     return right, reply["spent"]["tokens"]
 
 
-def _compared(n: int, allowed: int, found: dict[str, tuple[list[float], int]]) -> dict[str, Any]:
-    points = [100 * (a - b) for a, b in zip(found["marginal"][0], found["equal"][0], strict=True)]
+def _compared(
+    n: int,
+    allowed: int,
+    found: dict[str, tuple[list[float], int]],
+    fixed_at: dict[str, list[float]],
+) -> dict[str, Any]:
+    def points(others: Sequence[float]) -> list[float]:
+        both = zip(found["marginal"][0], others, strict=True)
+        return _with_error([100 * (a - b) for a, b in both])
+
     return {
         "samples": n,
         "tokens": allowed,
@@ -215,7 +235,8 @@ def _compared(n: int, allowed: int, found: dict[str, tuple[list[float], int]]) -
             name: {"accuracy": _with_error(right), "spent": spent}
             for name, (right, spent) in found.items()
         },
-        "points": _with_error(points),
+        "points": points(found["equal"][0]),
+        "over_fixed": {method: points(right) for method, right in fixed_at.items()},
     }
 
 
@@ -236,22 +257,25 @@ def _reach(curves: dict[str, Curve], problems: int, seed: int) -> list[dict[str,
     everything = range(problems)
     drawn = [[rng.randrange(problems) for _ in everything] for _ in range(500)]
     rows: list[dict[str, Any]] = []
-    for method in [one for one in curves if one != OURS]:
-        again = sorted(_times(curves, method, chosen) or 0.0 for chosen in drawn)
-        rows.append(
-            {
-                "method": f"{method}, n=16",
-                "times": _times(curves, method, everything),
-                "interval": [again[len(again) // 40], again[-1 - len(again) // 40]],
-            }
-        )
+    for ours in OURS:
+        for method in [one for one in curves if one not in OURS]:
+            pair = curves[ours], curves[method]
+            again = sorted(_times(*pair, chosen) or 0.0 for chosen in drawn)
+            rows.append(
+                {
+                    "ours": ours,
+                    "method": f"{method}, n=16",
+                    "times": _times(*pair, everything),
+                    "interval": [again[len(again) // 40], again[-1 - len(again) // 40]],
+                }
+            )
     return rows
 
 
-def _times(curves: dict[str, Curve], method: str, chosen: Sequence[int]) -> float | None:
-    """How many times compute-optimal's tokens a fixed method takes; None: it is never as good."""
-    right, tokens = _at(curves[method][16], chosen)
-    points = sorted((t, r) for r, t in (_at(of, chosen) for of in curves[OURS].values()))
+def _times(ours: Curve, other: Curve, chosen: Sequence[int]) -> float | None:
+    """How many times our tokens a fixed method takes; None: ours is never as good."""
+    right, tokens = _at(other[16], chosen)
+    points = sorted((t, r) for r, t in (_at(of, chosen) for of in ours.values()))
     if points[0][1] >= right:
         return tokens / points[0][0]
     for (low, below), (high, above) in pairwise(points):
@@ -268,10 +292,11 @@ def _at(answers: Sequence[Answered], chosen: Sequence[int]) -> tuple[float, floa
 
 def _equal_tokens(curves: dict[str, Curve], items: list[Item]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for n, mine in curves[OURS].items():
+    runs = [(ours, n, of) for ours in OURS for n, of in curves[ours].items()]
+    for ours, n, mine in runs:
         for family, chosen in groups(items):
             tokens = _at(mine, chosen)[1]
-            for method in [one for one in curves if one != OURS]:
+            for method in [one for one in curves if one not in OURS]:
                 curve = [curves[method][one] for one in NS]
                 weights = shares([_at(of, chosen)[1] for of in curve], tokens)
                 both = [*zip(weights, curve, strict=True)]
@@ -281,6 +306,7 @@ def _equal_tokens(curves: dict[str, Curve], items: list[Item]) -> list[dict[str,
                 ]
                 rows.append(
                     {
+                        "ours": ours,
                         "budget": n,
                         "family": family,
                         "tokens": tokens,
@@ -291,11 +317,11 @@ def _equal_tokens(curves: dict[str, Curve], items: list[Item]) -> list[dict[str,
     return rows
 
 
-def _calibration(curve: Curve) -> list[dict[str, Any]]:
+def _calibration(ours: str, curve: Curve) -> list[dict[str, Any]]:
     by_budget = [(str(n), answers) for n, answers in curve.items()]
     everything = [one for answers in curve.values() for one in answers]
     return [
-        {"budget": budget, "tenths": found, "error": calibration_error(found)}
+        {"ours": ours, "budget": budget, "tenths": found, "error": calibration_error(found)}
         for budget, answers in [*by_budget, ("all", everything)]
         for found in [tenths((one.confidence, bool(one.right)) for one in answers)]
     ]
@@ -325,26 +351,33 @@ def _show(figures: dict[str, Any]) -> None:
     for row in figures["reach"]:
         low, high = row["interval"]
         times = "never" if row["times"] is None else f"{row['times']:.2f} ({low:.2f}-{high:.2f})"
-        console.print(f"tokens of {row['method']} over those to be as accurate: {times}")
+        console.print(f"tokens of {row['method']} over those of {row['ours']}: {times}")
     equal = Table(title="Compute-optimal over fixed strategies at its own tokens, points")
-    for heading in ("budget", "family", "tokens", "against", "points"):
+    for heading in ("method", "budget", "family", "tokens", "against", "points"):
         equal.add_column(heading)
     for row in figures["equal_tokens"]:
         points = "{:+.1f} ± {:.1f}".format(*row["points"])
         tokens = f"{row['tokens']:.0f}"
-        equal.add_row(str(row["budget"]), row["family"], tokens, row["method"], points)
+        cells = (row["ours"], str(row["budget"]), row["family"], tokens, row["method"], points)
+        equal.add_row(*cells)
     console.print(equal)
     for row in figures["calibration"]:
-        console.print(f"calibration error, budget {row['budget']}: {row['error']:.3f}")
+        title = f"calibration error of {row['ours']}, budget {row['budget']}"
+        console.print(f"{title}: {row['error']:.3f}")
     console.print(f"planning takes {100 * figures['overhead']:.2f} % of the wall time")
     batches = Table(title="Many problems under one budget")
-    for heading in ("samples' tokens", "marginal", "equal", "points", "spent", "of"):
+    fixed_ones = [*figures["batches"][0]["over_fixed"]]
+    over = [f"over {method}" for method in ("equal", *fixed_ones)]
+    for heading in ("samples' tokens", "marginal", "equal", *over, "spent", "of"):
         batches.add_column(heading)
     for row in figures["batches"]:
         batches.add_row(
             str(row["samples"]),
             *("{:.3f} ± {:.3f}".format(*row[one]["accuracy"]) for one in ("marginal", "equal")),
-            "{:+.1f} ± {:.1f}".format(*row["points"]),
+            *(
+                "{:+.1f} ± {:.1f}".format(*points)
+                for points in (row["points"], *row["over_fixed"].values())
+            ),
             f"{row['marginal']['spent']:,}, {row['equal']['spent']:,}",
             f"{row['tokens']:,}",
         )
@@ -352,9 +385,9 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def _plot(figures: dict[str, Any], path: str) -> None:
-    with panels(path, 2, 2, (12, 9)) as axes:
+    with panels(path, 2, 3, (16, 9)) as axes:
         methods = list(dict.fromkeys(row["method"] for row in figures["rows"]))
-        for axis, family in zip(axes[0], FAMILIES, strict=True):
+        for axis, family in zip(axes[0], (*FAMILIES, "all"), strict=True):
             for method in methods:
                 mine = [
                     row
@@ -372,7 +405,8 @@ def _plot(figures: dict[str, Any], path: str) -> None:
             axis.set(xscale="log", title=f"{family} problems", xlabel="tokens per problem")
             axis.set_ylabel("accuracy")
             axis.legend(fontsize=8)
-        reliability, abstaining = axes[1]
+        reliability, abstaining, unused = axes[1]
+        unused.set_axis_off()
         parts = figures["calibration"][-1]["tenths"]
         reliability.plot([0, 1], [0, 1], color="grey")
         reliability.plot([said for _, said, _ in parts], [so for *_, so in parts], marker="o")

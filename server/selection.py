@@ -289,7 +289,7 @@ def uncalibrated(selection: Selection) -> None:
     """
     strategy = selection.strategy
     selection.calibration = selection.verifier = None
-    for field in ("verifier", "target_confidence", "min_confidence"):
+    for field in ("verifier", "mean_tokens", "target_confidence", "min_confidence"):
         if getattr(strategy, field) is not None:
             raise InvalidRequest(
                 f"'{field}' needs a calibration of this model"

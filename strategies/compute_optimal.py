@@ -33,8 +33,9 @@ class ComputeOptimal(Strategy, frozen=True):
     it is that the leading answer is right, how likely the problem is of each bin of difficulty, and
     what each option (more samples, a search) would gain and cost. An option is taken if it gains
     more P(right) than its tokens are worth; their price is what accuracy costs at the end of the
-    budget with a fixed number of samples. With `target_confidence`, it goes on until that is
-    reached. All samples and what a search finds vote together. The plan stands in the reply.
+    budget, or of `mean_tokens`, with a fixed number of samples. With `target_confidence`, it goes
+    on until that is reached. All samples and what a search finds vote together. The plan stands in
+    the reply.
 
     In a batch there is no such price: an option is taken when no other prompt's gains more per
     token of what is left of the batch's budget.
@@ -53,6 +54,13 @@ class ComputeOptimal(Strategy, frozen=True):
     n: int = Field(default=64, ge=1, le=256, description="Samples at most.")
     verifier: VerifierChoice | None = Field(
         default=None, description="Who judges the samples; unset: as calibrated."
+    )
+    mean_tokens: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Tokens that a problem is to take on average over many; some take far more. "
+        "Unset: the budget, which bounds each.",
     )
     target_confidence: float | None = Field(
         default=None,
@@ -121,7 +129,7 @@ class _Search:
         self._places: dict[int, int] = {}
         """By candidate, which of the answers it gives."""
         budget = ctx.budget
-        tokens = budget.left
+        tokens = strategy.mean_tokens or budget.left
         if tokens is None and budget.samples_left is not None:
             tokens = budget.samples_left * self._per_sample()
         if tokens is None:

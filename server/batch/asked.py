@@ -233,4 +233,11 @@ def _allocation(value: object, first: Selection) -> Allocation:
                 field="allocation",
             )
         return "equal"
-    return "equal" if value == "equal" else "marginal"
+    if value == "equal":
+        return "equal"
+    if isinstance(first.strategy, ComputeOptimal) and first.strategy.mean_tokens is not None:
+        raise InvalidRequest(
+            "the budget of all says what a prompt takes on average; drop 'mean_tokens'",
+            field="mean_tokens",
+        )
+    return "marginal"
