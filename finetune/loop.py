@@ -8,6 +8,8 @@ operator would use: `mull serve`, `mull-finetune data`, a method, `/v1/adapters`
 import argparse
 import json
 import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +81,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--general", help="the same of what must not be forgotten")
     parser.add_argument("--work", type=Path, default=Path("runs/loop"))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--adapter", type=Path, help="what mull-finetune published, to begin with and go on from"
+    )
     parser.add_argument("--method", choices=list(COLUMNS), default="sft")
     parser.add_argument("--config", help="a YAML file of the method's keys")
     parser.add_argument(
@@ -114,13 +119,23 @@ def main(arguments: Sequence[str]) -> None:
     console = Console()
     log = options.work / "rounds.jsonl"
     done = [Round(**json.loads(line)) for line in _lines(log)]
-    if len(done) < options.rounds:
+    begun = sum(one.number > 0 for one in done)
+
+    def note(one: Round) -> None:
+        done.append(one)
+        with log.open("a") as file:
+            file.write(json.dumps(asdict(one)) + "\n")
+
+    if begun < options.rounds:
+        # Who ends this process ends its server, too.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         with _served(options) as server:
-            for number in range(len(done) + 1, options.rounds + 1):
+            if options.adapter is not None and not done:
+                note(_begin(options, server))
+            for number in range(begun + 1, options.rounds + 1):
                 console.rule(f"round {number}")
-                done.append(_round(number, problems, options, keys, server, console))
-                with log.open("a") as file:
-                    file.write(json.dumps(asdict(done[-1])) + "\n")
+                last = _last(options, done)
+                note(_round(number, problems, options, keys, last, server, console))
     console.print(_table(done))
     _plot(done, options.work / "rounds.png")
     console.print(
@@ -203,11 +218,48 @@ def _served(options: argparse.Namespace) -> Iterator[_Server]:
         yield _Server(http, name)
 
 
+def _begin(options: argparse.Namespace, server: _Server) -> Round:
+    """Serve what it is to begin with, as round 0.
+
+    Raises:
+        SystemExit: The server does not take it.
+    """
+    folder = options.work.resolve() / "round-0" / "adapter"
+    if not folder.exists():
+        shutil.copytree(options.adapter, folder)
+    served, verdict = server.publish(folder, options.alias)
+    if not served:
+        raise SystemExit(f"it cannot begin with '{options.adapter}': {verdict}")
+    manifest: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return Round(
+        number=0,
+        problems=0,
+        tokens=0,
+        solving_seconds=0.0,
+        rows=0,
+        training_seconds=manifest["compute"]["seconds"],
+        training_flops=manifest["compute"]["flops"],
+        seconds=manifest["compute"]["seconds"],
+        evaluation=manifest["evaluation"],
+        served=True,
+        verdict=verdict,
+    )
+
+
+def _last(options: argparse.Namespace, done: Sequence[Round]) -> Path | None:
+    """The adapter that is served now, to be trained further; None: each begins anew."""
+    if options.adapter is None:
+        return None
+    number = max((one.number for one in done if one.served), default=0)
+    return options.work / f"round-{number}" / "adapter"
+
+
 def _round(
     number: int,
     problems: Sequence[data.Row],
     options: argparse.Namespace,
     keys: Sequence[str],
+    last: Path | None,
     server: _Server,
     console: Console,
 ) -> Round:
@@ -244,6 +296,7 @@ def _round(
         "check_problems": options.exam,
         "check_general": options.general,
         "data_tokens": str(tokens),
+        "resume_adapter": None if last is None else str(last),
     }
     flags = [part for k, value in given.items() if value for part in (f"--{k}", value)]
     config = [] if options.config is None else ["--config", options.config]
@@ -281,7 +334,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _table(rounds: Sequence[Round]) -> Table:
-    table = Table(title="what each round brought and took")
+    table = Table(title="what each round brought over the base, and took")
     for heading in ("round", "exam", "gain", "general", "lost", "rows", "tokens", "s", "served"):
         table.add_column(heading, justify="right", overflow="fold")
     for one in rounds:
@@ -309,13 +362,15 @@ def _plot(rounds: Sequence[Round], path: Path) -> None:
 
     figure, (worth, cost) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     numbers = [one.number for one in rounds]
+    places = [numbers[0] - 1, *numbers]  # the base stands before them
     for name in ("task", "general"):
         found = [one.evaluation for one in rounds]
         if f"{name}.accuracy" in found[0]:
             means = [found[0][f"{name}.accuracy_before"], *(e[f"{name}.accuracy"] for e in found)]
             errors = [0.0, *(e.get(f"{name}.gain_standard_error", 0.0) for e in found)]
-            worth.errorbar([0, *numbers], means, errors, marker="o", capsize=3, label=name)
-    worth.set(xlabel="round", ylabel="accuracy of one sample", ylim=(0, 1), xticks=[0, *numbers])
+            worth.errorbar(places, means, errors, marker="o", capsize=3, label=name)
+    worth.set(xlabel="round", ylabel="accuracy of one sample", ylim=(0, 1))
+    worth.set_xticks(places, ["base", *map(str, numbers)])
     worth.legend()
     bottom = [0.0] * len(rounds)
     for name, seconds in (
