@@ -14,9 +14,12 @@ from strategies.core.market import Bidder, Offer, Probe
 from strategies.core.strategy import Strategy, VerifierChoice
 from strategies.core.types import Candidate, Outcome, Problem
 from strategies.self_consistency import SelfConsistency
+from strategies.self_refine import SelfRefine
 from strategies.tree_of_thoughts import TreeOfThoughts
 
-SEARCH: TypeAdapter[BeamSearch | TreeOfThoughts] = TypeAdapter(BeamSearch | TreeOfThoughts)
+SEARCH: TypeAdapter[BeamSearch | TreeOfThoughts | SelfRefine] = TypeAdapter(
+    BeamSearch | TreeOfThoughts | SelfRefine
+)
 """The searches that a calibration may name."""
 
 _USUAL = 16

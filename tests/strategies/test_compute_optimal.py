@@ -81,6 +81,18 @@ async def test_a_search_votes_with_the_samples_and_ends_once():
     assert engine.calls > 2
 
 
+async def test_revisions_are_a_way_to_go_on():
+    refine = {"beam": {"kind": "self_refine", "n": 3, "parallel": 1}}
+    outcome, plans, engine, _ = await solved(
+        SPLIT,
+        known=calibration().model_copy(update={"searches": refine}),
+        verifier=FakeVerifier(lambda text: 0.5),
+    )
+    assert plans[0].option == "beam"
+    assert any(len(turns) == 3 for turns in engine.rendered)
+    assert sum(outcome.votes.values()) == 5
+
+
 @pytest.mark.parametrize(("tokens", "stopped"), [(2000, "decided"), (110, "exhausted")])
 async def test_a_search_that_runs_out_has_decided_nothing(tokens: int, stopped: str):
     wide = {"beam": {"kind": "beam_search", "width": 4, "branch": 4}}
