@@ -5,6 +5,7 @@ import asyncio
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -130,6 +131,10 @@ def _terms(options: argparse.Namespace, key: SecretStr | None, model: str) -> Te
     )
 
 
+_TRIES = 2
+"""Times that a cluster is asked for a prompt in one run."""
+
+
 class _Run:
     """One run over all that has no answer yet."""
 
@@ -219,10 +224,12 @@ class _Run:
     def _spread(self, coming: Sequence[Row], show: Callable[[], None]) -> None:
         """Let a cluster ask several servers, so many stretches at once."""
         urls, output, most = self._options.url, self._output, self._together
+        tries = Counter[str]()
         while coming:
             wave = coming[: most * spread.WAVE * len(urls)]
             seconds = self._seconds(len(wave), len(coming))
-            coming, begun = coming[len(wave) :], dict[str, Stretch]()
+            coming, begun = [*coming[len(wave) :]], dict[str, Stretch]()
+            tries.update(row.custom_id for row in wave)
             for at in range(0, len(wave), most):
                 now = wave[at : at + most]
                 left = len(wave) - at + len(coming)
@@ -238,11 +245,16 @@ class _Run:
             for stretch in begun.values():
                 output.lost(stretch.name)
                 self._unanswered(stretch, "its worker died")
+            coming += [
+                row
+                for row in wave
+                if self._failed.get(row.custom_id) and tries[row.custom_id] < _TRIES
+            ]
 
     def _unanswered(self, stretch: Stretch, why: str) -> None:
         for row in stretch.rows:
             if row.custom_id not in self._output.done:
-                self._failed.setdefault(row.custom_id, why)
+                self._failed[row.custom_id] = why
 
     def _begun(
         self, rows: Sequence[Row], *, coming: int, seconds: float | None, leased: bool = False
@@ -328,6 +340,7 @@ class _Run:
         """Write an answer, and a refusal that would come again; the rest is for another run."""
         if final(said):
             self._output.write({key: value for key, value in said.items() if key != "index"})
+            self._failed.pop(said["custom_id"], None)
         else:
             error = as_object(said["error"]) or {}
-            self._failed[said["custom_id"]] = error.get("message", "")
+            self._failed[said["custom_id"]] = error.get("message") or "no reason was given"
