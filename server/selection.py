@@ -299,6 +299,18 @@ def uncalibrated(selection: Selection) -> None:
             )
 
 
+def kind_of(path: str) -> type[Strategy]:
+    """The strategy that a path names.
+
+    Raises:
+        InvalidRequest: There is none of that name; the nearest is given.
+    """
+    if path not in STRATEGIES:
+        hint = nearest(path, list(STRATEGIES))
+        raise InvalidRequest(f"there is no strategy '{path[:200]}'; {hint}", field="kind")
+    return STRATEGIES[path]
+
+
 def parse(value: JSON, *, inside: str) -> Strategy:
     """A strategy from its wire form.
 

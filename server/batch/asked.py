@@ -10,13 +10,12 @@ from starlette.datastructures import Headers
 from server.calibration.shelf import Shelf
 from server.errors import nearest, refusal
 from server.run import Selection
-from server.selection import choose, equip, parse
+from server.selection import choose, equip, kind_of, parse
 from server.settings import Settings
 from server.wire import JSON, as_list, as_object
 from strategies.compute_optimal import ComputeOptimal
 from strategies.core.budget import Limits
 from strategies.core.errors import InvalidRequest, NotFound
-from strategies.registry import STRATEGIES
 
 Allocation = Literal["marginal", "equal"]
 """By gain per token over all prompts, or the same for each."""
@@ -87,13 +86,11 @@ def read(
     """A batch of a strategy from the fields of a request.
 
     Raises:
-        InvalidRequest: A field of it or of a line is unknown or out of bounds; it is named.
-        NotFound: There is no such strategy, or no such model.
+        InvalidRequest: There is no such strategy, or a field of it or of a line is unknown or out
+            of bounds; it is named.
+        NotFound: There is no such model.
     """
-    if kind not in STRATEGIES:
-        hint = nearest(kind, list(STRATEGIES))
-        raise NotFound(f"there is no strategy '{kind[:200]}'; {hint}")
-    own = STRATEGIES[kind].model_fields
+    own = kind_of(kind).model_fields
     known = [*_OWN, *own, *chat.fields]
     for name in fields:
         if name not in known or name == "messages":

@@ -14,6 +14,7 @@ from server.adapters.binding import bound
 from server.batch.asked import Asked, read
 from server.batch.running import course
 from server.keys.accounts import TAB
+from server.routes.strategies import KindInPath
 from server.selection import owner
 from server.sse import EventStream, event, gone
 from server.wire import JSON, as_object, body_of
@@ -60,7 +61,7 @@ _BODY = {
         "requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}
     },
 )
-async def solve(kind: str, request: Request) -> Response:
+async def solve(kind: KindInPath, request: Request) -> Response:
     """Run a strategy on many prompts under one budget.
 
     A whole reply lists the results in order; a stream has an event for each as it is decided.
@@ -95,7 +96,7 @@ async def solve(kind: str, request: Request) -> Response:
 
 
 @router.get(f"{_PATH}/{{name}}")
-async def account(kind: str, name: str, request: Request) -> dict[str, Any]:
+async def account(kind: KindInPath, name: str, request: Request) -> dict[str, Any]:
     """How far a batch is or came, by the `X-Request-Id` that it was started with."""
     return request.app.state.batches.find(kind, name, owner(request.headers)).account()
 

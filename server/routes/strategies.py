@@ -4,9 +4,9 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from starlette.responses import JSONResponse, Response
 
 from server.adapters.binding import bound
@@ -14,7 +14,7 @@ from server.errors import nearest
 from server.keys.accounts import TAB
 from server.reply import exact, native
 from server.run import Selection
-from server.selection import SELECTION, choose, equip, parse
+from server.selection import SELECTION, choose, equip, kind_of, parse
 from server.sse import EventStream, Refused, event
 from server.trace import told
 from server.verifiers.catalogue import VERIFIERS
@@ -25,6 +25,9 @@ from strategies.core.errors import InvalidRequest
 from strategies.registry import STRATEGIES
 
 router = APIRouter(tags=["mull"])
+
+KindInPath = Annotated[str, Path(json_schema_extra={"enum": list(STRATEGIES)})]
+"""A strategy's kind, which OpenAPI lists; an unknown one is refused in our own words."""
 
 
 @router.get("/v1/strategies")
@@ -88,15 +91,12 @@ _BODY = {
         "requestBody": {"required": True, "content": {"application/json": {"schema": _BODY}}}
     },
 )
-async def solve(kind: str, request: Request) -> Response:
+async def solve(kind: KindInPath, request: Request) -> Response:
     """Run a strategy.
 
     The body holds model, messages, sampling fields, budget, and the strategy's own fields.
     """
-    if kind not in STRATEGIES:
-        raise InvalidRequest(
-            f"there is no strategy '{kind}'; {nearest(kind, list(STRATEGIES))}", field="kind"
-        )
+    own = kind_of(kind).model_fields
     state = request.app.state
     raw = await body_of(request.receive, state.settings.max_body_bytes)
     if raw is None:
@@ -108,7 +108,6 @@ async def solve(kind: str, request: Request) -> Response:
     fields = as_object(body)
     if fields is None:
         raise InvalidRequest("the body must be a JSON object")
-    own = STRATEGIES[kind].model_fields
     strategy = parse(
         {"kind": kind} | {name: fields[name] for name in fields if name in own}, inside=""
     )

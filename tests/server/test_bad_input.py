@@ -2,15 +2,10 @@
 
 import json
 import time
-from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, given, settings
-from hypothesis.errors import Unsatisfiable
-from schemathesis import GenerationMode
 
 CHAT, NATIVE = "/v1/chat/completions", "/v1/strategies/self_consistency"
 BODY: dict[str, Any] = {
@@ -88,30 +83,3 @@ def test_what_clients_say_is_not_in_the_log(server):
         httpx.post(f"{server.url}{CHAT}", json=body | more, headers=headers, timeout=60)
         httpx.post(f"{server.url}{NATIVE}", json=body | more, headers=headers, timeout=60)
     assert secret not in server.log.read_text()
-
-
-@pytest.mark.slow
-def test_schemathesis_finds_no_server_error(server):
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").include(
-        path_regex=r"^/v1/(strategies|verifiers|traces)"
-    )
-    asked: dict[str, set[int]] = {}
-
-    def probe(case: schemathesis.Case) -> None:
-        reply = case.call(timeout=60)
-        asked.setdefault(case.operation.label, set()).add(reply.status_code)
-        assert reply.status_code < 500, reply.text
-
-    held = settings(
-        max_examples=60,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    )
-    for found in schema.get_all_operations():
-        operation = cast(Any, found).ok()
-        for mode in GenerationMode:
-            with suppress(Unsatisfiable):  # an operation without parameters has no wrong ones
-                held(given(case=operation.as_strategy(generation_mode=mode))(probe))()
-    assert len(asked) == 7, asked
-    assert httpx.get(f"{server.url}/health").status_code == 200

@@ -13,7 +13,7 @@ from server.calibration.shelf import Shelf
 from server.settings import Settings
 from strategies.best_of_n import BestOfN
 from strategies.core.budget import Limits
-from strategies.core.errors import InvalidRequest, NotFound
+from strategies.core.errors import InvalidRequest
 
 
 class Chat:
@@ -59,8 +59,9 @@ def test_any_strategy_has_its_fields_and_an_equal_split():
     with pytest.raises(InvalidRequest, match="of best_of_n nor") as refused:
         asked(kind="best_of_n", target_confidence=0.9)
     assert refused.value.field == "target_confidence"
-    with pytest.raises(NotFound, match="best_of_n"):
+    with pytest.raises(InvalidRequest, match="best_of_n") as refused:
         asked(kind="best_of_m")
+    assert refused.value.field == "kind"
 
 
 def test_the_operators_limits_hold_for_so_many_requests():
