@@ -111,7 +111,8 @@ def test_anthropic(served: Served, tmp_path: Path):
     *text, votes = printed.splitlines()
     counted = ast.literal_eval(votes)
     assert sum(counted.values()) == 8
-    assert f"\\boxed{{{max(counted, key=counted.__getitem__)}}}" in text[-1]
+    leading = [one for one, count in counted.items() if count == max(counted.values())]
+    assert any(f"\\boxed{{{one}}}" in text[-1] for one in leading)
 
 
 @apart
