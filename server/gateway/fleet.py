@@ -146,6 +146,7 @@ class Upstream:
         """The reply to a request, whose body is still to be read; it is closed after the block.
 
         Raises:
+            InvalidRequest: It cannot be said in HTTP.
             Lost: There is none, or it breaks off while the block reads it.
         """
         self.running += 1
@@ -163,6 +164,10 @@ class Upstream:
                         yield reply
                     finally:
                         await reply.aclose()
+                except httpx.LocalProtocolError as error:
+                    # The client's doing, so no upstream is to be thought unwell; what it is may
+                    # hold a key.
+                    raise InvalidRequest("a header of the request cannot be passed on") from error
                 except (httpx.TransportError, httpx.StreamError) as error:
                     what = type(error).__name__
                     raise Lost(f"an upstream did not answer ({what}); try again") from error
@@ -263,11 +268,11 @@ class Fleet:
     def headers(self, headers: Mapping[str, str], key: str | None) -> dict[str, str]:
         """What an upstream hears of a request: who asks, and what it belongs to."""
         names = ("traceparent",) if self.terms.keyed else ("authorization", "traceparent")
-        said = {name: headers[name] for name in names if name in headers}
+        said = {name: headers[name].strip() for name in names if name in headers}
         if self.terms.key is not None:
             said["authorization"] = f"Bearer {self.terms.key.get_secret_value()}"
         if key is not None:
-            said[SESSION] = key
+            said[SESSION] = key.strip()
         return said
 
     async def ask(

@@ -148,7 +148,7 @@ class Passing:
         elif key is not None:
             dropped = dropped | {"authorization"}
         found = [
-            (name, value)
+            (name, value.strip())
             for name, value in scope["headers"]
             if name.decode("latin-1").lower() not in dropped
         ]

@@ -395,6 +395,23 @@ async def test_one_request_that_fails_does_not_keep_others_from_an_upstream():
         assert (await client.post(CHAT, json=BODY)).status_code == 200
 
 
+async def test_a_header_that_cannot_be_passed_on_is_the_clients_fault():
+    async def strict(request: httpx.Request) -> httpx.Response | None:
+        if request.headers.get("authorization", "").endswith(("!", " ")):
+            raise httpx.LocalProtocolError("Illegal header value b'Bearer secret!'")
+        return None
+
+    one = upstream(before=strict)
+    async with before([one], failures=1) as (client, _):
+        for path, body in ((CHAT, BODY), ("/v1/embeddings", {"input": "x"})):
+            said = await client.post(path, json=body, headers={"Authorization": "Bearer secret!"})
+            assert said.status_code == 400
+            assert "secret" not in said.text
+            # As lm-eval says it without a key.
+            said = await client.post(path, json=body, headers={"Authorization": "Bearer "})
+            assert said.status_code in (200, 404)
+
+
 async def test_the_gateways_own_key_replaces_the_clients():
     one = upstream()
     async with before([one], key=SecretStr("upstream-key")) as (client, _):
