@@ -126,10 +126,10 @@ def mixture(task: Any, *, seed: int) -> Dataset:
                 f"'{task.replay_name}' has {len(known)}"
             )
         known = known.shuffle(seed=seed).select(range(wanted))
-        unlike = set(rows.column_names) ^ set(known.column_names)
-        if unlike:
-            raise SystemExit(f"the rows of '{task.replay_name}' have other columns: {unlike}")
-        rows = concatenate_datasets([rows, known])
+        missing = set(rows.column_names) - set(known.column_names)
+        if missing:
+            raise SystemExit(f"the rows of '{task.replay_name}' have no columns {missing}")
+        rows = concatenate_datasets([rows, known.select_columns(rows.column_names)])
     return rows.shuffle(seed=seed)
 
 
