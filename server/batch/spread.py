@@ -15,7 +15,7 @@ from typing import Any, cast
 import httpx
 
 from server.batch.file import Row
-from server.batch.stretch import NOTHING, Refused, Stopped, Stretch, Terms, ask, final
+from server.batch.stretch import NOTHING, Busy, Refused, Stopped, Stretch, Terms, ask, final
 from server.wire import JSON
 
 _CPUS = 0.1
@@ -102,7 +102,7 @@ async def answered(stretch: Stretch, terms: Terms, urls: Sequence[str]) -> JSON:
                         told = said
         except (Stopped, httpx.HTTPError) as error:
             failed = f"{url}: {error or type(error).__name__}"
-            if isinstance(error, Refused) and "(429)" not in str(error):
+            if isinstance(error, Refused) and not isinstance(error, Busy):
                 break  # so would the others
         spent["tokens"] += told["spent"]["tokens"] + (told["leased"] if failed else 0)
         spent["samples"] += told["spent"]["samples"]

@@ -28,6 +28,10 @@ class Refused(Stopped):
     """A server takes no such stretch, and has spent nothing on it."""
 
 
+class Busy(Refused):
+    """It takes none now; another may."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
     """Some prompts, under the name by which the server knows their account."""
@@ -77,7 +81,9 @@ async def ask(
     async with client.stream("POST", terms.path, json=body, headers=headers) as reply:
         if reply.status_code != 200:
             await reply.aread()
-            raise Refused(f"the server refuses it ({reply.status_code}): {_reason(reply)}")
+            now = reply.status_code == 429 or reply.status_code >= 500
+            kind = Busy if now else Refused
+            raise kind(f"the server refuses it ({reply.status_code}): {_reason(reply)}")
         event = ""
         async for line in reply.aiter_lines():
             if line.startswith("event: "):

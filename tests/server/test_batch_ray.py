@@ -119,9 +119,10 @@ async def test_what_one_refuses_no_other_is_asked_unless_it_is_busy(
     done = await answered(STRETCH, TERMS, ["http://one", "http://two"])
     assert "there is no model 'm' (model)" in done["error"]
     assert asked["two"] == done["results"] == []
-    before(monkeypatch, one=refusing(429), two=whole)
-    done = await answered(STRETCH, TERMS, ["http://one", "http://two"])
-    assert len(done["results"]) == 4
+    for status in (429, 503):
+        before(monkeypatch, one=refusing(status), two=whole)
+        done = await answered(STRETCH, TERMS, ["http://one", "http://two"])
+        assert len(done["results"]) == 4
 
 
 async def test_a_spent_budget_is_not_given_out_again(monkeypatch: pytest.MonkeyPatch):
