@@ -157,8 +157,8 @@ async def _measure(
                 curves[ours] = {}
                 for n in NS[1:]:
                     tokens = round(n * each)
-                    fields = {"budget": {"tokens": tokens}, "mean_tokens": tokens}
-                    del fields["budget" if ours == OURS[1] else "mean_tokens"]
+                    each_own = {"budget": {"tokens": tokens}}
+                    fields = each_own if ours == OURS[0] else {"mean_tokens": tokens}
                     curves[ours][n] = await all_of(
                         lambda item, fields=fields: optimal(item, fields), f"{ours}, {n} samples"
                     )
@@ -184,7 +184,7 @@ async def _measure(
                     found[allocation] = _batch(await said("compute_optimal/batch", asked), some)
                     progress.advance(task)
                 fixed_at = {
-                    method: [curve[n][items.index(item)].right for item in some]
+                    method: [curve[n][places[item.identity]].right for item in some]
                     for method, curve in curves.items()
                     if method not in OURS
                 }

@@ -256,14 +256,11 @@ def _plot(whole: Calibration, pool: Sequence[Pooled], held: Sequence[_Held], pat
         axis.minorticks_off()  # whose labels would overlap
         axis.set_xticks([10.0**k * step for k in range(1, 6) for step in (1, 2, 5)], minor=False)
         axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.set_xlim(*_around(axis.dataLim.intervalx))
+        low, high = axis.dataLim.intervalx
+        axis.set_xlim(low / 1.2, high * 1.2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plots.close(figure)
-
-
-def _around(limits: Sequence[float]) -> tuple[float, float]:
-    return limits[0] / 1.2, limits[1] * 1.2
 
 
 def _grader(name: str) -> Grade:

@@ -81,6 +81,18 @@ async def test_a_search_votes_with_the_samples_and_ends_once():
     assert engine.calls > 2
 
 
+async def test_the_mean_sets_the_price_and_the_budget_bounds():
+    fixed = ((20.0, 0.2), (40.0, 0.9), (400.0, 0.91))
+    change = {"searches": {}, "stages": more(), "fixed": fixed}
+    known = calibration().model_copy(update=change)
+    far, near = ComputeOptimal(mean_tokens=300), ComputeOptimal(mean_tokens=30)
+    _, _, few, _ = await solved(SPLIT, near, known=known)
+    _, _, many, _ = await solved(SPLIT, far, known=known)
+    assert few.calls < many.calls
+    _, _, bounded, _ = await solved(SPLIT, far, known=known, limits=Limits(tokens=20))
+    assert bounded.tokens <= 20
+
+
 async def test_revisions_are_a_way_to_go_on():
     refine = {"beam": {"kind": "self_refine", "n": 3, "parallel": 1}}
     outcome, plans, engine, _ = await solved(
