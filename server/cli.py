@@ -1,7 +1,6 @@
 """`mull`: serve a model as a reasoning server, or stand before such servers, or look after one."""
 
 import argparse
-import asyncio
 import sys
 import time
 from collections.abc import Callable
@@ -137,7 +136,7 @@ def _serve(rest: list[str]) -> int:
     progress("loading vLLM")
     from server.local import launcher
 
-    return asyncio.run(launcher.serve(launcher.parse(rest, settings), settings, progress))
+    return launcher.serve(launcher.parse(rest, settings), settings, progress)
 
 
 if __name__ == "__main__":

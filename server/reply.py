@@ -137,7 +137,9 @@ def _candidate(candidate: Candidate, run: Run) -> JSON:
         "answer": candidate.answer,
         "score": run.outcome.scores.get(candidate.index),
         "finish_reason": candidate.finish_reason,
-    } | ({} if candidate.model is None else {"model": candidate.model})
+        **({} if candidate.likelihood is None else {"likelihood": candidate.likelihood}),
+        **({} if candidate.model is None else {"model": candidate.model}),
+    }
 
 
 def summary(run: Run) -> JSON:

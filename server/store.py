@@ -11,6 +11,19 @@ from strategies.core.errors import NotFound
 from strategies.core.events import Failed
 
 
+def alone(processes: int) -> None:
+    """Refuse to look into this process's memory if there are others that serve the same clients.
+
+    Raises:
+        NotFound: There are.
+    """
+    if processes > 1:
+        raise NotFound(
+            f"this server has {processes} processes, each with what it ran itself: "
+            "to ask for it later, start it with --api-server-count 1"
+        )
+
+
 class Keeper(Protocol):
     """Is given each run that is over, and never waits."""
 
@@ -22,7 +35,9 @@ class Keeper(Protocol):
 class Store:
     """Keeps every running run, and the `kept` that ended last, in memory; others keep the rest."""
 
-    def __init__(self, kept: int, *keepers: Keeper) -> None:
+    def __init__(self, kept: int, *keepers: Keeper, processes: int = 1) -> None:
+        """One of so many `processes`, of which a client cannot say which it means."""
+        self._processes = processes
         self._kept = kept
         self._keepers = keepers
         self._running: dict[str, Run] = {}
@@ -52,8 +67,9 @@ class Store:
         """The run of that id, or the newest of that `X-Request-Id`.
 
         Raises:
-            NotFound: There is none, or another key started it.
+            NotFound: There is none, or another key started it; or another process may know it.
         """
+        alone(self._processes)
         run = self._running.get(name) or self._ended.get(name)
         if run is not None and run.selection.owner == owner:
             return run

@@ -7,7 +7,7 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from strategies.beam_search import BeamSearch
 from strategies.core.calibration import Ballot, Calibration, Outlook, Plan, outlook, plan, votes
-from strategies.core.context import Context
+from strategies.core.context import Context, Draw
 from strategies.core.errors import BudgetSpent, MullError, NoCandidate
 from strategies.core.events import Planned
 from strategies.core.market import Bidder, Offer, Probe
@@ -137,6 +137,7 @@ class _Search:
             tokens = budget.samples_left * self._per_sample()
         if tokens is None:
             tokens = _USUAL * self._per_sample()
+        self._kind_of_draw = Draw(likeliest=0 if calibration.reads_likelihood else None)
         self._price = calibration.price(tokens) if bidder is None else 0.0
 
     async def run(self) -> Outcome:
@@ -181,7 +182,7 @@ class _Search:
         if n <= 0:
             return True
         try:
-            drawn = await self._ctx.sample_many(self._problem, n)
+            drawn = await self._ctx.sample_many(self._problem, [self._kind_of_draw] * n)
         except NoCandidate:
             if self._candidates:
                 return False
@@ -367,7 +368,12 @@ class _Search:
         """What nobody judged, where there is a judge, has no vote: a missing score is no number."""
         judged = self._ctx.verifier is not None
         return [
-            Ballot(self._places.get(one.index), self._scores.get(one.index), len(one.token_ids))
+            Ballot(
+                self._places.get(one.index),
+                self._scores.get(one.index),
+                len(one.token_ids),
+                one.likelihood,
+            )
             for one in self._candidates
             if not judged or one.index in self._scores
         ]

@@ -50,7 +50,7 @@ class Likelihood(BaseModel):
         if self.over == "sum":
             return Verdict(score=1 / (1 - min(0.0, sum(candidate.logprobs))))
         if self.over == "mean":
-            return Verdict(score=_probability(sum(candidate.logprobs) / len(candidate.logprobs)))
+            return Verdict(score=candidate.likelihood or 0.0)
         if len(candidate.pieces) != len(candidate.token_ids):
             raise VerifierFailed(f"verifier '{self.kind}' with 'min' needs each token in words")
         steps = tuple(_probability(total) for total in _lines(candidate))

@@ -17,6 +17,7 @@ from server.batch.asked import Asked, Line
 from server.errors import shape, status_of
 from server.reply import exact, mull_field
 from server.selection import SELECTION, owner
+from server.store import alone
 from server.wire import JSON, as_object
 from strategies.core.aio import Arrivals, Background
 from strategies.core.budget import Budget
@@ -168,7 +169,9 @@ class Batches:
     So that who lost the connection can ask what was spent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        """See `Store`."""
+        self._processes = processes
         self._known: OrderedDict[str, Running] = OrderedDict()
 
     @contextmanager
@@ -188,8 +191,9 @@ class Batches:
         """The newest of that name and strategy.
 
         Raises:
-            NotFound: There is none, or another key started it.
+            NotFound: There is none, or another key started it; or another process may know it.
         """
+        alone(self._processes)
         found = self._known.get(name)
         if found is None or (found.kind, found.owner) != (kind, owner):
             raise NotFound(f"there is no batch '{name[:100]}' of yours")

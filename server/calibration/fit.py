@@ -46,11 +46,13 @@ class Vote:
     score: float | None
     tokens: int
     """Its own."""
+    likelihood: float | None = None
+    """The geometric mean probability of these."""
 
     @property
     def ballot(self) -> Ballot:
         """As it is voted with."""
-        return Ballot(self.place, self.score, self.tokens)
+        return Ballot(self.place, self.score, self.tokens, self.likelihood)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

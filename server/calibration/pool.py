@@ -5,7 +5,7 @@ One line of JSON a problem, so that a pool that was interrupted goes on.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from strategies.core.aio import Arrivals
 from strategies.core.answers import AnswerFormat, Answers
 
 Grade = Callable[[Mapping[str, Any], str], float]
+
+_SAMPLED = {"logprobs": True}
+"""Asked of samples; what searches end with votes without it."""
 
 
 class Refused(Exception):
@@ -86,7 +89,7 @@ class Pool:
 
     def _key(self, row: Mapping[str, Any]) -> str:
         """Of everything that decides what is asked and how it is judged."""
-        asked = [row, self._asked, self._n, self._verifier, self._searches]
+        asked = [row, self._asked, _SAMPLED, self._n, self._verifier, self._searches]
         return sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
     def _known(self) -> dict[str, Pooled]:
@@ -101,7 +104,8 @@ class Pool:
 
     async def _pooled(self, row: Mapping[str, Any], *, seed: int) -> Pooled:
         judged = {"verifier": self._verifier} if self._verifier else {}
-        reply = await self._ask("best_of_n", row, {"n": self._n, "seed": seed} | judged)
+        fields = _SAMPLED | {"n": self._n, "seed": seed} | judged
+        reply = await self._ask("best_of_n", row, fields)
         self.adapter = reply["mull"].get("adapter")
         known: list[str] = []
         samples = await self._votes(row, reply, known)
@@ -155,7 +159,14 @@ class Pool:
                 right = self._grade(row, one["text"]) >= 0.5
             elif answer is not None and gold is not None:
                 right = await self._answers.place(answer, [str(gold)], form) is not None
-            votes.append(Vote(place=place, right=right, score=score, tokens=one["tokens"]))
+            vote = Vote(
+                place=place,
+                right=right,
+                score=score,
+                tokens=one["tokens"],
+                likelihood=one.get("likelihood"),
+            )
+            votes.append(vote)
         return tuple(votes)
 
 
@@ -168,13 +179,7 @@ def _elected(
 
     def called(votes: Sequence[Vote]) -> tuple[Vote, ...]:
         return tuple(
-            Vote(
-                place=one.place,
-                right=one.place is not None and one.place == winner,
-                score=one.score,
-                tokens=one.tokens,
-            )
-            for one in votes
+            replace(one, right=one.place is not None and one.place == winner) for one in votes
         )
 
     return called(samples), {name: (called(v), spent) for name, (v, spent) in searches.items()}

@@ -53,6 +53,12 @@ class Key(BaseModel):
         return self.digest[:8]
 
     @property
+    def limited(self) -> bool:
+        """Whether somebody has to count what it uses."""
+        counted = (self.requests_per_minute, self.tokens_per_minute, self.concurrent)
+        return any(one is not None for one in counted)
+
+    @property
     def over(self) -> bool:
         """Whether it has expired."""
         return self.expires is not None and self.expires <= datetime.now(UTC)
@@ -78,20 +84,26 @@ def digest(key: str) -> str:
     return sha256(key.encode()).hexdigest()
 
 
-def read(file: Path) -> tuple[Key, ...]:
-    """The keys in a file.
+def read(file: Path, *, limits: bool = True) -> tuple[Key, ...]:
+    """The keys in a file; without `limits`, only if none has any.
 
     Raises:
         ValueError: It cannot be read. The message holds nothing of what stands in it.
     """
     try:
-        return _File.model_validate_json(file.read_bytes()).keys
+        keys = _File.model_validate_json(file.read_bytes()).keys
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"{file} holds no keys: {place}: {first['msg']}") from None
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    if not limits and any(one.limited for one in keys):
+        raise ValueError(
+            f"{file} has keys with limits, which need --api-server-count 1: each process would "
+            "count for itself; a gateway before several servers counts for all"
+        )
+    return keys
 
 
 @contextmanager
@@ -126,8 +138,12 @@ class Keyring:
         *,
         admin: SecretStr | None = None,
         clients: Sequence[SecretStr] = (),
+        limits: bool = True,
     ) -> None:
-        """`admin` and `clients` are keys that are given in words, beside those of the file."""
+        """`admin` and `clients` are keys that are given in words, beside those of the file.
+
+        Without `limits`, a file of keys that have any is not taken.
+        """
         given: list[tuple[SecretStr, Scope]] = [(key, "client") for key in clients]
         if admin is not None:
             given.append((admin, "admin"))
@@ -135,7 +151,7 @@ class Keyring:
             Key(name=f"given-{scope}", digest=digest(key.get_secret_value()), scopes=(scope,))
             for key, scope in given
         )
-        self._file = file
+        self._file, self._limits = file, limits
         self._stamp: object = None
         self._looked = -inf
         self._known = self._given
@@ -195,7 +211,7 @@ class Keyring:
             return
         self._stamp = stamp
         try:
-            self._known = (*self._given, *read(file))
+            self._known = (*self._given, *read(file, limits=self._limits))
         except ValueError as error:
             _log.error("keys stay what they were: %s", error)
 

@@ -271,22 +271,23 @@ class LocalEngine:
         return params
 
     def _chunk(self, generation: Generation, piece: RequestOutput, ends: Collection[int]) -> Chunk:
-        output = piece.outputs[0]
+        output, asked = piece.outputs[0], self._asked.params
         finish = _finish(output.finish_reason)
         if finish == "stop" and generation.until is not None:
-            reason, own = output.stop_reason, self._asked.params.stop_token_ids or ()
+            reason, own = output.stop_reason, asked.stop_token_ids or ()
             if reason == generation.until or (reason in ends and reason not in own):
                 finish = "step"
         self._keep(generation.index, piece)
         logprobs: tuple[float, ...] = ()
         pieces: tuple[str, ...] = ()
         top: tuple[tuple[tuple[int, float], ...], ...] = ()
-        if generation.logprobs is not None and output.logprobs is not None:
+        wanted = generation.logprobs is not None or not asked.logprob_token_ids
+        if wanted and output.logprobs is not None:
             at_each = cast(list[dict[int, Logprob]], output.logprobs)
             chosen = [at[token] for at, token in zip(at_each, output.token_ids, strict=True)]
             logprobs = tuple(one.logprob for one in chosen)
             pieces = tuple(one.decoded_token or "" for one in chosen)
-            if generation.logprobs > 0:
+            if generation.logprobs:
                 top = tuple(
                     tuple(
                         (token, one.logprob)

@@ -30,6 +30,7 @@ from server.endpoints import Endpoints
 from server.errors import handle, nearest, reply_to
 from server.keys.guard import Guard
 from server.keys.keyring import Keyring
+from server.local import several
 from server.local.adapters import Adapters, Base
 from server.local.chat import Chat, render, teach
 from server.local.client import Reasoner
@@ -66,6 +67,11 @@ class Plugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes, errors and the choosing middleware on vLLM's app."""
+        if several.processes(app.state.args) > 1:
+            try:
+                several.check(self._settings)
+            except ValueError as error:
+                raise SystemExit(f"mull: {error}") from None
         app.include_router(routes.router)
         app.include_router(batch.router)
         app.include_router(traces.router)
@@ -104,7 +110,7 @@ class Plugin:
         state.settings = self._settings
         state.served = self.models
         state.shown = partial(_shown, state.openai_serving_models)
-        state.store = Store(self._settings.kept_traces, *keepers)
+        state.store = Store(self._settings.kept_traces, *keepers, processes=several.processes(args))
         for serving, make in (
             (state.openai_serving_chat, "_make_parser"),
             (state.anthropic_serving_messages, "_make_parser"),
@@ -117,12 +123,14 @@ class Plugin:
         if self._settings.calibrations is not None:
             self._shelf.check(await asyncio.to_thread(lambda: state.base.weights))
         self._adapters = state.adapters = self._registered(engine, state)
+        processes = several.processes(args)
+        candidates = self._settings.max_running_candidates
+        candidates = candidates or engine.vllm_config.scheduler_config.max_num_seqs
         admission = Admission(
-            requests=self._settings.max_running_requests,
-            candidates=self._settings.max_running_candidates
-            or engine.vllm_config.scheduler_config.max_num_seqs,
+            requests=max(1, self._settings.max_running_requests // processes),
+            candidates=max(1, candidates // processes),
         )
-        state.admission, state.batches = admission, Batches()
+        state.admission, state.batches = admission, Batches(processes)
         engine.generate = Reasoner(
             Client(
                 generate=engine.generate,
@@ -158,14 +166,16 @@ class Plugin:
 
         vLLM's own check would refuse all others, and looks at some paths only.
         """
-        settings = self._settings
+        settings, limits = self._settings, several.processes(args) == 1
         if settings.keys is None:
             return Keyring(None, admin=settings.admin_key)
         if not hasattr(args, "mull_clients"):  # a new engine brings a new app from the same args
             said = args.api_key or [envs.VLLM_API_KEY]
             args.mull_clients = [SecretStr(key) for key in said if key]
             args.api_key = [""]  # none; without any, vLLM would go by VLLM_API_KEY
-        return Keyring(settings.keys, admin=settings.admin_key, clients=args.mull_clients)
+        return Keyring(
+            settings.keys, admin=settings.admin_key, clients=args.mull_clients, limits=limits
+        )
 
     def _archive(self) -> Archive | None:
         settings = self._settings
@@ -183,10 +193,6 @@ class Plugin:
             raise ValueError(
                 "MULL_ADAPTERS and VLLM_ALLOW_RUNTIME_LORA_UPDATING exclude each other: vLLM's own "
                 "routes load what nobody has looked at"
-            )
-        if getattr(config.parallel_config, "_api_process_count", 1) > 1:
-            raise ValueError(  # each would give its adapters numbers that the others give, too
-                "MULL_ADAPTERS needs --api-server-count 1; start more servers on the same registry"
             )
         return Adapters(
             engine=engine,

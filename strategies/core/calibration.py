@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -30,6 +30,8 @@ FEATURES = (
     "mean score",
     "logarithm of tokens per sample",
     "logarithm of the tokens of the prompt",
+    "likelihood of the leading answer",
+    "likelihood of the others",
 )
 """What a set of samples looks like; see `features`."""
 
@@ -43,6 +45,8 @@ class Ballot:
     score: float | None
     """A verifier's, in [0, 1]."""
     tokens: int
+    likelihood: float | None = None
+    """The geometric mean probability of its tokens; None where nobody asked."""
 
 
 def votes(ballots: Sequence[Ballot], rule: Rule) -> dict[int, float]:
@@ -66,7 +70,7 @@ def leader(ballots: Sequence[Ballot], rule: Rule) -> int | None:
 
 
 def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple[float, ...]:
-    """The numbers that `FEATURES` names; without scores, those about scores are 0."""
+    """The numbers that `FEATURES` names; what nobody knows of samples is 0."""
     first = leader(ballots, rule)
     n = len(ballots)
     counts: dict[int, int] = {}
@@ -76,6 +80,10 @@ def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple
     others = max((count for place, count in counts.items() if place != first), default=0)
     mine = [one.score or 0.0 for one in ballots if one.place is not None and one.place == first]
     rest = [one.score or 0.0 for one in ballots if one.place != first]
+    likely = [
+        one.likelihood or 0.0 for one in ballots if one.place is not None and one.place == first
+    ]
+    unlike = [one.likelihood or 0.0 for one in ballots if one.place != first]
     return (
         len(mine) / n,
         (len(mine) - others) / n,
@@ -87,6 +95,8 @@ def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple
         sum(one.score or 0.0 for one in ballots) / n,
         math.log1p(sum(one.tokens for one in ballots) / n),
         math.log1p(prompt_tokens),
+        sum(likely) / len(likely) if likely else 0.0,
+        sum(unlike) / len(unlike) if unlike else 0.0,
     )
 
 
@@ -182,7 +192,7 @@ class Cell(_Fitted):
 class Calibration(_Fitted):
     """All of it; a file of `mull calibrate`, which people can read."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     model: str
     """The served name of what was calibrated."""
@@ -218,6 +228,17 @@ class Calibration(_Fitted):
         if [one.samples for one in self.stages] != sorted({one.samples for one in self.stages}):
             raise ValueError("stages ascend")
         return self
+
+    @property
+    def reads_likelihood(self) -> bool:
+        """Whether it looks at the probabilities of tokens, which an engine has to be asked for."""
+        at = [FEATURES.index(name) for name in FEATURES if name.startswith("likelihood")]
+        models = [
+            one
+            for stage in self.stages
+            for one in (stage.right, *stage.difficulty, *(more.right for more in stage.more))
+        ]
+        return any(one.weights[place] for one in models for place in at)
 
     def stage(self, samples: int) -> Stage:
         """The last stage that so many samples have reached, or the first."""

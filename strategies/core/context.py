@@ -581,8 +581,8 @@ class Draw:
     """Whether each token is to be the likeliest."""
     model: str | None = None
     """The adapter that writes it, by name; None is what the client named."""
-    likeliest: int = 0
-    """How many of the likeliest tokens are wanted at each place."""
+    likeliest: int | None = None
+    """How many of the likeliest tokens are wanted at each place; 0: what the chosen ones have."""
     prompt: tuple[int, ...] | None = None
     """What it reads; None is the problem's own prompt."""
     worth: Callable[[Chunk], bool] | None = None
@@ -743,6 +743,7 @@ class Sampling:
         ctx, problem, after = self._ctx, self._problem, draw.after
         place = index if draw.place is None else draw.place
         before = () if after is None else after.token_ids
+        wanted = (draw.likeliest, None if ctx.verifier is None else ctx.verifier.logprobs)
         generation = Generation(
             index=index,
             token_ids=(problem.token_ids if draw.prompt is None else draw.prompt) + before,
@@ -752,7 +753,7 @@ class Sampling:
             greedy=draw.greedy,
             adapter=draw.model,
             until=draw.until,
-            logprobs=draw.likeliest or (None if ctx.verifier is None else ctx.verifier.logprobs),
+            logprobs=max((k for k in wanted if k is not None), default=None),
             piecewise=draw.worth is not None,
             priority=1 if after else 1 + place,
         )

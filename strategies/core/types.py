@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import exp, prod
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "repetition", "abort", "step"]
@@ -101,7 +101,7 @@ class Chunk:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    """Of the chosen tokens, in nats; as long as `token_ids` if asked for, else empty."""
+    """Of the chosen tokens, in nats; as long as `token_ids` if anybody asked for it, else empty."""
     pieces: tuple[str, ...] = ()
     """Each token in words; as long as `logprobs`."""
     top_logprobs: tuple[tuple[float, ...], ...] = ()
@@ -150,6 +150,13 @@ class Candidate:
     def drawn(self) -> int:
         """Tokens that its last sequence generated."""
         return len(self.token_ids) - self.inherited
+
+    @property
+    def likelihood(self) -> float | None:
+        """The geometric mean probability of its tokens; None where nobody asked for it."""
+        if not self.logprobs:
+            return None
+        return exp(min(0.0, sum(self.logprobs) / len(self.logprobs)))
 
     @property
     def complete(self) -> bool:
