@@ -66,7 +66,7 @@ class Choosing:
                             body, self._models(), headers, path, self._settings
                         )
                     if selection is not None:
-                        equip(selection, chosen.get("model"), self._shelf, self._settings)
+                        equip(selection, chosen, self._shelf, self._settings)
                         selection.tab = scope.get(TAB)
                     binding = bound(names, chosen, selection, counted=path in ENDPOINTS)
                     asked = await stack.enter_async_context(binding)

@@ -262,8 +262,10 @@ def select(
     )
 
 
-def equip(selection: Selection, model: object, shelf: Shelf, settings: Settings) -> None:
-    """Give a strategy that plans what is known of the model, and who judged then.
+def equip(selection: Selection, request: JSON, shelf: Shelf, settings: Settings) -> None:
+    """Give a strategy that plans what is known of the request's model, and who judged then.
+
+    Nothing is known of it at another temperature.
 
     Raises:
         InvalidRequest: The request asks for what only a calibration can give, and there is none.
@@ -271,8 +273,9 @@ def equip(selection: Selection, model: object, shelf: Shelf, settings: Settings)
     strategy = selection.strategy
     if not isinstance(strategy, ComputeOptimal):
         return
+    model = request.get("model")
     known = shelf.find(model) if isinstance(model, str) else None
-    if known is not None:
+    if known is not None and known.temperature == request.get("temperature"):
         judged = None if known.verifier is None else VerifierChoice.model_validate(known.verifier)
         if strategy.verifier in (None, judged):
             selection.calibration = known
@@ -292,7 +295,7 @@ def uncalibrated(selection: Selection) -> None:
     for field in ("verifier", "mean_tokens", "target_confidence", "min_confidence"):
         if getattr(strategy, field) is not None:
             raise InvalidRequest(
-                f"'{field}' needs a calibration of this model"
+                f"'{field}' needs a calibration of this model at this temperature"
                 + (" with this verifier" if field == "verifier" else "")
                 + ": see mull calibrate, and GET /v1/calibrations",
                 field=f"strategy.{field}",

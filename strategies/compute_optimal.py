@@ -43,8 +43,9 @@ class ComputeOptimal(Strategy, frozen=True):
     In a batch there is no such price: an option is taken when no other prompt's gains more per
     token of what is left of the batch's budget.
 
-    Without a calibration of this model and verifier: self-consistency of up to 16 samples, ended
-    when the Beta posterior of the two leading answers is 0.95 sure; the reply says so.
+    Without a calibration of this model, verifier and temperature: self-consistency of up to 16
+    samples, ended when the Beta posterior of the two leading answers is 0.95 sure; the reply says
+    so.
     """
 
     cost: ClassVar[str] = "as much as pays: from the probe to all of the budget"
@@ -99,7 +100,8 @@ class ComputeOptimal(Strategy, frozen=True):
     async def solve(self, problem: Problem, ctx: Context) -> Outcome:
         """Probe, plan, spend, until nothing more pays."""
         if ctx.calibration is None:
-            why = "no calibration of this model and verifier: votes until 0.95 sure, 16 at most"
+            why = "no calibration of this model, verifier and temperature: "
+            why += "votes until 0.95 sure, 16 at most"
             ctx.emit(Planned(samples=0, option=str(min(self.n, _USUAL)), why=why))
             if ctx.verifier is not None:
                 raise MullError("a verifier needs a calibration")  # the server sees to that

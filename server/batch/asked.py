@@ -136,7 +136,7 @@ def read(
         try:
             asked, selection = choose(body, models, headers, CHAT, settings)
             assert selection is not None
-            equip(selection, model, shelf, settings)
+            equip(selection, asked, shelf, settings)
             chat.read(asked)
         except InvalidRequest as error:
             if (field := error.field or "").split(".")[0] in own_fields:

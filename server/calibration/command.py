@@ -33,7 +33,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=32, help="of each problem (default 32)")
     parser.add_argument("--max-tokens", type=int, default=1024, help="of a sample (default 1024)")
-    parser.add_argument("--temperature", type=float, help="default: the model's own")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="default: the model's own; it plans for requests that ask for the same",
+    )
     parser.add_argument("--bins", type=int, default=5, help="of difficulty (default 5)")
     parser.add_argument("--grader", help="module:function of a row and a text, to [0, 1]")
     parser.add_argument("--clients", type=int, default=8, help="problems at once (default 8)")

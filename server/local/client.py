@@ -55,7 +55,7 @@ class Reasoner:
         if selection is None and sampling_params.extra_args:
             selection = from_xargs(sampling_params.extra_args, self._settings)
             if selection is not None:
-                equip(selection, None, self._shelf, self._settings)
+                equip(selection, {}, self._shelf, self._settings)
         if selection is None:
             return self._client.generate(prompt, sampling_params, request_id, **options)
         lora = options.get("lora_request")

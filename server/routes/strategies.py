@@ -134,7 +134,7 @@ async def solve(kind: KindInPath, request: Request) -> Response:
         state.settings,
     )
     assert selection is not None
-    equip(selection, asked.get("model"), state.shelf, state.settings)
+    equip(selection, asked, state.shelf, state.settings)
     selection.tab = request.scope.get(TAB)
     if streamed:
         events = _events(chat, asked, request, selection)

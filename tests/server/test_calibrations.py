@@ -51,6 +51,18 @@ def test_what_needs_a_calibration_is_refused_without_one(client: httpx.Client):
     assert reply.json()["error"]["param"] == "strategy.verifier"
 
 
+def test_another_temperature_is_another_thing(client: httpx.Client):
+    named = {"kind": "compute_optimal", "n": 2}
+    warm = BODY | {"temperature": 0.9}
+    reply = client.post("/v1/chat/completions", json=warm | {"strategy": named})
+    [plan] = reply.json()["mull"]["plan"]
+    assert "no calibration of this model, verifier and temperature" in plan["why"]
+    named["mean_tokens"] = 100
+    reply = client.post("/v1/chat/completions", json=warm | {"strategy": named})
+    assert reply.status_code == 400
+    assert "temperature" in reply.json()["error"]["message"]
+
+
 def test_those_of_other_weights_are_shown_and_refused(client: httpx.Client):
     found = {one["id"]: one for one in client.get("/v1/calibrations").json()["data"]}
     assert found["small"]["usable"]
@@ -78,6 +90,8 @@ def test_calibrate_makes_what_a_server_takes(
         assert ended.value.code == 0, capsys.readouterr().out
     pool = out.with_suffix(".pool.jsonl").read_text().splitlines()
     assert len(pool) == 24
+    sampled = [one for line in pool for one in json.loads(line)["pooled"]["samples"]]
+    assert all(0 < one["likelihood"] <= 1 for one in sampled)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     [card] = Shelf(out.parent).cards()
     assert card["usable"]
@@ -86,7 +100,9 @@ def test_calibrate_makes_what_a_server_takes(
     assert 0 <= card["evaluation"]["calibration_error"] <= 1
     known = Shelf(out.parent)
     known.check(httpx.get(f"{server.url}/v1/calibrations").json()["weights"])
-    assert known.find("mull-tiny") is not None
+    found = known.find("mull-tiny")
+    assert found is not None
+    assert found.reads_likelihood
 
 
 def test_too_few_problems_are_refused(tmp_path: Path):

@@ -1,14 +1,17 @@
 """Compute-optimal with a calibration: all samples vote, the plan is on record, budgets hold."""
 
+from math import exp
+
 import pytest
 
 from strategies.compute_optimal import ComputeOptimal
 from strategies.core.budget import Limits
+from strategies.core.calibration import Stage
 from strategies.core.errors import BudgetSpent
 from strategies.core.events import Chosen, Planned, Sampled
 from strategies.core.testing import FakeEngine, FakeVerifier, context
 from strategies.core.types import Problem
-from tests.strategies.test_calibration import calibration
+from tests.strategies.test_calibration import calibration, logit, stage
 
 PROBLEM = Problem(token_ids=(1, 2, 3), max_tokens=12, seed=7)
 SPLIT = [f"The answer is {n}." for n in (1, 2, 3, 3, 3, 3, 3, 3)]
@@ -51,6 +54,27 @@ async def test_samples_that_differ_go_on_stage_by_stage_and_all_vote():
     assert outcome.votes == {"1": 1.0, "2": 1.0, "3": 6.0}
     assert len(outcome.candidates) == engine.calls == 8
     assert "nothing gains" in plans[-1].why
+
+
+async def test_probabilities_of_tokens_are_asked_for_if_the_calibration_reads_them():
+    _, _, engine, _ = await solved(AGREED)
+    assert {one.logprobs for one in engine.asked} == {None}
+
+    def unsure(likely: float) -> Stage:
+        return stage(2).model_copy(
+            update={"right": logit(likelihood_of_the_leading_answer=likely, bias=-2.0)}
+        )
+
+    small = calibration().model_copy(update={"searches": {}, "stages": (unsure(0.0),)})
+    assert not small.reads_likelihood
+    small = small.model_copy(update={"stages": (unsure(4.0),)})
+    assert small.reads_likelihood
+    outcome, _, engine, _ = await solved(AGREED, known=small)
+    assert {one.logprobs for one in engine.asked} == {0}
+    likely = [one.likelihood or 0.0 for one in outcome.candidates]
+    assert min(likely) > 0
+    logs = 4 * sum(likely) / len(likely) - 2
+    assert outcome.confidence == pytest.approx(1 / (1 + exp(-logs)))
 
 
 async def test_a_small_budget_makes_tokens_dear():
