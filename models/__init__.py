@@ -10,3 +10,6 @@ MULL_TINY_VERIFIER = Path(__file__).parent / "mull-tiny-verifier"
 
 MULL_TINY_PRICES = Path(__file__).parent / "mull-tiny-prices"
 """A LoRA of it that knows a domain which pretraining never saw."""
+
+MULL_TINY_RFT = Path(__file__).parent / "mull-tiny-rft"
+"""A LoRA of it that has learned from its own right solutions."""

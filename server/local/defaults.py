@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from models import MULL_TINY, MULL_TINY_PRICES, MULL_TINY_VERIFIER
+from models import MULL_TINY, MULL_TINY_PRICES, MULL_TINY_RFT, MULL_TINY_VERIFIER
 from server.settings import prepare_vllm
 
 _EMBEDDED = {
@@ -70,7 +70,7 @@ def embedded_flags(parser: ArgumentParser, *, adapters: bool) -> None:
     if not adapters:
         known = [
             LoRAModulePath(name=folder.name, path=str(folder))
-            for folder in (MULL_TINY_VERIFIER, MULL_TINY_PRICES)
+            for folder in (MULL_TINY_VERIFIER, MULL_TINY_PRICES, MULL_TINY_RFT)
         ]
         parser.set_defaults(**_ADAPTERS, lora_modules=known)
 

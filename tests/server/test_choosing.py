@@ -104,7 +104,7 @@ def test_contradictions_are_refused(
 
 def test_presets_are_listed_as_models(chosen: httpx.Client):
     listed = {one["id"]: one for one in chosen.get("/v1/models").json()["data"]}
-    served = {"mull-tiny", "mull-tiny-prices", "mull-tiny-verifier"}
+    served = {"mull-tiny", "mull-tiny-prices", "mull-tiny-rft", "mull-tiny-verifier"}
     assert set(listed) == {f"{name}{one}" for name in served for one in ("", ":deep", ":short")}
     assert listed["mull-tiny:deep"]["parent"] == "mull-tiny"
     assert listed["mull-tiny:deep"]["description"] == "Six votes."
