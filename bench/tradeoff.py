@@ -239,11 +239,13 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def _plot(figures: dict[str, Any], families: Sequence[str], path: str) -> None:
+    """Accuracy against price; named is what no other beats in both."""
     queries = figures["queries"]
     size = (4.2 * len(families), 3.8 * len(queries))
     with panels(path, len(queries), len(families), size) as axes:
         for line, count in zip(axes, queries, strict=True):
             for axis, family in zip(line, families, strict=True):
+                best = figures["frontier"][f"{family}, {count} queries"]
                 for policy in figures["training_flops"]:
                     mine = [
                         row
@@ -260,8 +262,17 @@ def _plot(figures: dict[str, Any], families: Sequence[str], path: str) -> None:
                         label=policy,
                     )
                     for row in mine:
-                        place = (row["total_flops"][str(count)], row["accuracy"][0])
-                        axis.annotate(row["strategy"], place, fontsize=5, rotation=20)
+                        if f"{policy}, {row['strategy']}" in best:
+                            place = (row["total_flops"][str(count)], row["accuracy"][0])
+                            axis.annotate(
+                                row["strategy"],
+                                place,
+                                textcoords="offset points",
+                                xytext=(-4, 3),
+                                ha="right",
+                                fontsize=6,
+                            )
+                axis.margins(x=0.15)
                 axis.set_xscale("log")
                 axis.set_title(f"{family}, training shared by {count:,}", fontsize=9)
                 axis.set_xlabel("operations per answer")
