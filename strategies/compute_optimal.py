@@ -139,7 +139,7 @@ class _Search:
             tokens = budget.samples_left * self._per_sample()
         if tokens is None:
             tokens = _USUAL * self._per_sample()
-        self._kind_of_draw = Draw(likeliest=0 if calibration.reads_likelihood else None)
+        self._drawn_as = Draw(likeliest=0 if calibration.reads_likelihood else None)
         self._price = calibration.price(tokens) if bidder is None else 0.0
 
     async def run(self) -> Outcome:
@@ -184,7 +184,7 @@ class _Search:
         if n <= 0:
             return True
         try:
-            drawn = await self._ctx.sample_many(self._problem, [self._kind_of_draw] * n)
+            drawn = await self._ctx.sample_many(self._problem, [self._drawn_as] * n)
         except NoCandidate:
             if self._candidates:
                 return False

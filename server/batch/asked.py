@@ -144,10 +144,12 @@ def read(
             raise
         selection.limits = Limits()  # the batch's hold
         lines.append(Line(custom_id=custom_id, body=asked, selection=selection))
+    known = [one.selection for one in lines]
+    least = min(known, key=lambda one: one.calibration is not None)
     return Asked(
         lines=tuple(lines),
         limits=limits,
-        allocation=_allocation(fields.get("allocation"), lines[0].selection),
+        allocation=_allocation(fields.get("allocation"), least),
         streamed=bool(streamed),
     )
 
@@ -222,7 +224,8 @@ def _allocation(value: object, first: Selection) -> Allocation:
     if first.calibration is None:
         if value == "marginal":
             raise InvalidRequest(
-                "'marginal' needs a calibration of this model: see mull calibrate, and "
+                "'marginal' needs a calibration of this model, at the temperature of every line: "
+                "see mull calibrate, and "
                 "GET /v1/calibrations"
                 if isinstance(first.strategy, ComputeOptimal)
                 else f"{first.strategy.kind} cannot tell where a token gains most; compute_optimal "

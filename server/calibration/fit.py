@@ -149,8 +149,8 @@ def _stage(
     groups = np.array([at for at, _ in orders])
     now = np.array([right(order[:n], rule) for _, order in orders])
     bins = np.array([placed[at] for at, _ in orders])
-    scaler = learn.preprocessing.StandardScaler().fit(raw)
-    scaled = scaler.transform(raw)
+    scaler = learn.preprocessing.StandardScaler().fit(np.where(np.isnan(raw).all(0), 0.0, raw))
+    scaled = np.nan_to_num(scaler.transform(raw))  # what is not known is as usual
     sure, knots = _confidence(scaled, now, groups)
     count = max(placed) + 1
     options: list[More] = []

@@ -19,7 +19,7 @@ from strategies.core.answers import AnswerFormat, Answers
 
 Grade = Callable[[Mapping[str, Any], str], float]
 
-_SAMPLED = {"logprobs": True}
+_SAMPLED: dict[str, Any] = {"logprobs": True}
 """Asked of samples; what searches end with votes without it."""
 
 
@@ -48,6 +48,7 @@ class Pool:
         self._file = file
         self._client = client
         self._answers = answers
+        self._sampled = _SAMPLED
         self._asked: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
         if temperature is not None:
             self._asked["temperature"] = temperature
@@ -104,8 +105,14 @@ class Pool:
 
     async def _pooled(self, row: Mapping[str, Any], *, seed: int) -> Pooled:
         judged = {"verifier": self._verifier} if self._verifier else {}
-        fields = _SAMPLED | {"n": self._n, "seed": seed} | judged
-        reply = await self._ask("best_of_n", row, fields)
+        drawn = {"n": self._n, "seed": seed} | judged
+        try:
+            reply = await self._ask("best_of_n", row, self._sampled | drawn)
+        except Refused as error:
+            if "'logprobs'" not in str(error):
+                raise
+            self._sampled = {}  # a gateway has none to tell
+            reply = await self._ask("best_of_n", row, drawn)
         self.adapter = reply["mull"].get("adapter")
         known: list[str] = []
         samples = await self._votes(row, reply, known)

@@ -63,5 +63,7 @@ def _read(file: Path) -> Calibration:
             SEARCH.validate_python(search)
     except (OSError, ValidationError) as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise ValueError(f"{file} is no calibration: {said}") from None
+        raise ValueError(
+            f"{file} is no calibration that this version reads, see mull calibrate: {said}"
+        ) from None
     return found

@@ -142,7 +142,7 @@ class Keyring:
     ) -> None:
         """`admin` and `clients` are keys that are given in words, beside those of the file.
 
-        Without `limits`, a file of keys that have any is not taken.
+        Without `limits`, keys that have any are unknown.
         """
         given: list[tuple[SecretStr, Scope]] = [(key, "client") for key in clients]
         if admin is not None:
@@ -211,9 +211,14 @@ class Keyring:
             return
         self._stamp = stamp
         try:
-            self._known = (*self._given, *read(file, limits=self._limits))
+            found = read(file)
         except ValueError as error:
             _log.error("keys stay what they were: %s", error)
+            return
+        if not self._limits and any(one.limited for one in found):
+            _log.error("keys of %s with limits are refused: they need --api-server-count 1", file)
+            found = tuple(one for one in found if not one.limited)
+        self._known = (*self._given, *found)
 
 
 def presented(headers: Mapping[str, str]) -> str:

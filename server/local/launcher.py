@@ -18,6 +18,7 @@ from socket import socket
 from typing import Any, cast
 
 import uvicorn
+from psutil import Process
 from uvicorn.config import LOGGING_CONFIG
 
 # Importing vLLM takes some six seconds, so the progress line comes before this module is imported.
@@ -55,7 +56,7 @@ from strategies.core.aio import Background
 
 Progress = Callable[[str], None]
 
-_CLOSING_SECONDS = 15
+_CLOSING_SECONDS = 20
 """For what is left after the last request was answered, or broken off."""
 
 _HEALTH_SECONDS = 0.5
@@ -109,10 +110,8 @@ def serve(args: Namespace, settings: Settings, progress: Progress) -> int:
 
 def _serve_by_several(args: Namespace, settings: Settings, progress: Progress) -> int:
     """Start engines and processes as vLLM does it; when one of them dies, all end."""
-    if defaults.on_cpu():
-        cpu.mend()
-        fork_workers()
-    args.shutdown_timeout = ceil(settings.drain_seconds) + _CLOSING_SECONDS
+    enough = ceil(settings.drain_seconds) + _CLOSING_SECONDS
+    args.shutdown_timeout = max(args.shutdown_timeout or 0, enough)
     progress(f"starting the engine, and {args.api_server_count} processes that serve its API")
     manager = partial(APIServerProcessManager, target_server_fn=_serve_as_one_of_several)
     setattr(multi, APIServerProcessManager.__name__, manager)  # its own workers do not drain
@@ -157,15 +156,18 @@ async def _serve(
     server = NoSignalServer(_uvicorn(args, door), peer_loads=place)
     async with Background(server.serve(sockets=[sock])) as serving:
         try:
-            for _ in range(0 if client else settings.engine_restarts, -1, -1):
+            for _ in range(1 if client else settings.engine_restarts + 1):
                 began = time.monotonic()
                 async with AsyncExitStack() as stack:
                     engine = await _start(args, server, door, stack, progress, client)
                     progress(f"ready on {address} after {time.monotonic() - began:.1f} s")
-                    died = await _until_over(engine, leaving.asked, serving)
+                    needed = several.needed() if client else ()
+                    died = await _until_over(engine, needed, leaving.asked, serving)
                     if not died:
                         progress("finishing what is under way")
                         await door.drain(settings.drain_seconds, leaving.at_once)
+                    elif client:  # whose engine does not tell those who wait for it
+                        await door.drain(0, leaving.at_once)
                 if not died:
                     return 0
                 progress("the engine died")
@@ -241,17 +243,20 @@ async def _start(
 
 
 async def _until_over(
-    engine: AsyncLLM, stopping: asyncio.Event, serving: "asyncio.Task[None]"
+    engine: AsyncLLM,
+    needed: Sequence[Process],
+    stopping: asyncio.Event,
+    serving: "asyncio.Task[None]",
 ) -> bool:
     """Wait for a signal, the server's end, or the engine's death; say whether the engine died."""
     while not (stopping.is_set() or serving.done()):
-        if engine.errored:
+        if engine.errored or several.gone(needed):
             return True
         try:
             await asyncio.wait_for(stopping.wait(), _HEALTH_SECONDS)
         except TimeoutError:
             continue
-    return False
+    return several.gone(needed)  # whose launcher sends a signal, too
 
 
 def _uvicorn(args: Namespace, door: Door) -> uvicorn.Config:

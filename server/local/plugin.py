@@ -56,6 +56,7 @@ class Plugin:
     def __init__(self) -> None:
         try:
             self._settings = Settings.read()
+            self._shelf = Shelf(self._settings.calibrations)
         except ValueError as error:  # vLLM would go on without us, and so without our keys
             raise SystemExit(f"mull: the configuration is wrong: {error}") from None
         self._tracing = tracing()
@@ -63,7 +64,6 @@ class Plugin:
             logs.begin()
         self._state: State | None = None
         self._adapters: Adapters | None = None
-        self._shelf = Shelf(self._settings.calibrations)
 
     def attach_router(self, app: FastAPI) -> None:
         """Put our routes, errors and the choosing middleware on vLLM's app."""

@@ -18,6 +18,8 @@ class Ranks:
         local = config.local_engines_only
         size = config.data_parallel_size_local if local else config.data_parallel_size
         self.searches = [0] * size
+        self._first = max(0, getattr(config, "_api_process_rank", 0))
+        """Where this one of several API processes, none of which knows of the others, begins."""
 
     @contextmanager
     def home(self, options: Mapping[str, Any]) -> Generator[dict[str, Any]]:
@@ -25,7 +27,8 @@ class Ranks:
         if len(self.searches) == 1 or options.get("data_parallel_rank") is not None:
             yield dict(options)
             return
-        rank = min(range(len(self.searches)), key=self.searches.__getitem__)
+        size = len(self.searches)
+        rank = min(range(size), key=lambda at: (self.searches[at], (at - self._first) % size))
         self.searches[rank] += 1
         try:
             yield {**options, "data_parallel_rank": rank}

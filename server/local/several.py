@@ -1,9 +1,13 @@
-"""Several processes that serve the API of one engine: what each counts for itself, nobody counts.
+"""Several processes that serve the API of one engine: what they cannot share, and what they need.
 
-It is refused at the start, and told where it is asked for.
+What would have to be counted over all of them is refused at the start.
 """
 
+import os
 from argparse import Namespace
+from collections.abc import Sequence
+
+import psutil
 
 from server.keys import keyring
 from server.settings import Settings
@@ -26,3 +30,18 @@ def check(settings: Settings) -> None:
         )
     if settings.keys is not None:
         keyring.read(settings.keys, limits=False)
+
+
+def needed() -> Sequence[psutil.Process]:
+    """The launcher that started this process, and the engines that it started on this machine."""
+    launcher = psutil.Process(os.getppid())
+    engines = [one for one in launcher.children() if "EngineCore" in " ".join(one.cmdline())]
+    return [launcher, *engines]
+
+
+def gone(needed: Sequence[psutil.Process]) -> bool:
+    """Whether one of them is no more; vLLM tells only its launcher, and nobody tells of that."""
+    try:
+        return any(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in needed)
+    except psutil.NoSuchProcess:
+        return True

@@ -70,7 +70,11 @@ def leader(ballots: Sequence[Ballot], rule: Rule) -> int | None:
 
 
 def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple[float, ...]:
-    """The numbers that `FEATURES` names; what nobody knows of samples is 0."""
+    """The numbers that `FEATURES` names; scores that nobody gave are 0.
+
+    A likelihood that nobody asked for, or of an answer that nobody gave, is nan: `Stage.scaled`
+    makes of it what is usual.
+    """
     first = leader(ballots, rule)
     n = len(ballots)
     counts: dict[int, int] = {}
@@ -80,10 +84,8 @@ def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple
     others = max((count for place, count in counts.items() if place != first), default=0)
     mine = [one.score or 0.0 for one in ballots if one.place is not None and one.place == first]
     rest = [one.score or 0.0 for one in ballots if one.place != first]
-    likely = [
-        one.likelihood or 0.0 for one in ballots if one.place is not None and one.place == first
-    ]
-    unlike = [one.likelihood or 0.0 for one in ballots if one.place != first]
+    likely = [one.likelihood for one in ballots if one.place is not None and one.place == first]
+    unlike = [one.likelihood for one in ballots if one.place != first]
     return (
         len(mine) / n,
         (len(mine) - others) / n,
@@ -95,9 +97,14 @@ def features(ballots: Sequence[Ballot], rule: Rule, prompt_tokens: int) -> tuple
         sum(one.score or 0.0 for one in ballots) / n,
         math.log1p(sum(one.tokens for one in ballots) / n),
         math.log1p(prompt_tokens),
-        sum(likely) / len(likely) if likely else 0.0,
-        sum(unlike) / len(unlike) if unlike else 0.0,
+        _known_mean(likely),
+        _known_mean(unlike) if unlike else 0.0,
     )
+
+
+def _known_mean(numbers: Sequence[float | None]) -> float:
+    known = [one for one in numbers if one is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 class _Fitted(BaseModel):
@@ -143,8 +150,11 @@ class Stage(_Fitted):
     more: tuple[More, ...] = Field(default=(), max_length=64)
 
     def scaled(self, raw: Sequence[float]) -> list[float]:
-        """Features as the models read them."""
-        return [(x - c) / s for x, c, s in zip(raw, self.centre, self.scale, strict=True)]
+        """Features as the models read them: in standard deviations, 0 where nothing is known."""
+        return [
+            0.0 if math.isnan(x) else (x - c) / s
+            for x, c, s in zip(raw, self.centre, self.scale, strict=True)
+        ]
 
     def posterior(self, raw: Sequence[float]) -> list[float]:
         """How likely the problem is of each bin."""

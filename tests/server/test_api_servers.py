@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from server.keys.keyring import Keyring, digest
@@ -83,6 +84,24 @@ def test_two_processes_serve_one_engine(serve: Any, tmp_path: Path):
         assert served.process.wait(60) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["engine", "launcher"])
+def test_a_dead_engine_or_launcher_ends_them_all(serve: Any, tmp_path: Path, victim: str):
+    with serve(tmp_path / "log", "--api-server-count", "2") as served:
+        family = served.family()
+        engine = next(one for one in family if "EngineCore" in " ".join(one.cmdline()))
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=served.url, timeout=60) as client:
+            body = asked(0, strategy=VOTE) | {"max_tokens": 400, "min_tokens": 400}
+            waiting = pool.submit(client.post, CHAT, json=body)
+            while running(client) == 0:
+                assert not waiting.done()
+            (engine if victim == "engine" else family[0]).send_signal(signal.SIGKILL)
+            assert waiting.result().status_code == 503
+        assert served.process.wait(30) == (1 if victim == "engine" else -signal.SIGKILL)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
+
+
 def test_what_each_would_count_for_itself_is_refused(tmp_path: Path):
     keys = tmp_path / "keys.json"
     with pytest.raises(ValueError, match="MULL_ADAPTERS"):
@@ -101,10 +120,12 @@ async def test_keys_that_get_limits_later_are_not_taken(
 ):
     file = tmp_path / "keys.json"
     key = {"name": "amy", "digest": digest("secret"), "concurrent": 5}
-    file.write_text(json.dumps({"keys": [key]}))
+    other = {"name": "bob", "digest": digest("other")}
+    file.write_text(json.dumps({"keys": [key, other]}))
     for limits in (True, False):
         keys = Keyring(file, limits=limits)
         await keys.look()
+        assert keys.admit({"x-api-key": "other"}, "client").name == "bob"
         said = {"x-api-key": "secret"}
         if limits:
             assert keys.admit(said, "client").concurrent == 5

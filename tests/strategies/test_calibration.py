@@ -94,6 +94,18 @@ def test_features_are_numbers_and_the_leader_is_one_of_the_answers(found, rule):
     assert all(0 <= x <= 1 for x in raw[2:8])
 
 
+def test_what_nobody_knows_is_as_usual():
+    known = [Ballot(0, 0.9, 9, 0.8), Ballot(0, 0.9, 9, 0.6), Ballot(1, 0.1, 9, 0.5)]
+    assert features(known, "votes", 10)[-2:] == pytest.approx((0.7, 0.5))
+    assert features([*known, Ballot(0, 0.9, 9)], "votes", 10)[-2:] == pytest.approx((0.7, 0.5))
+    unknown = features([Ballot(0, 0.9, 9), Ballot(1, 0.9, 9)], "votes", 10)
+    assert all(math.isnan(x) for x in unknown[-2:])
+    centred = stage(2).model_copy(update={"centre": (0.5,) * len(FEATURES)})
+    assert centred.scaled(unknown)[-2:] == [0.0, 0.0]
+    nobody = features([Ballot(None, 0.0, 9, 0.9)], "votes", 10)  # elects nothing
+    assert centred.scaled(nobody)[-2] == 0.0
+
+
 def test_rules_elect_differently():
     found = [Ballot(0, 0.2, 9), Ballot(0, 0.3, 9), Ballot(1, 0.9, 9), Ballot(None, 1.0, 9)]
     assert leader(found, "votes") == 0
