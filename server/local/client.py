@@ -147,7 +147,7 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
         selection,
         lambda field: getattr(asked.params, field),
         tokens=asked.prompt["type"] == "token",
-        logprobs=asked.params.logprobs is not None,
+        logprobs=asked.params.logprobs is not None or bool(asked.params.logprob_token_ids),
     )
     return Problem(
         token_ids=tuple(ids),  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
@@ -161,12 +161,14 @@ def _problem(asked: Asked, selection: Selection) -> Problem:
 def _as(piece: RequestOutput, asked: Asked) -> RequestOutput:
     """Dress a sample's output as the output of the request that the client made."""
     piece.request_id = asked.request_id
-    wanted = asked.params.logprobs
+    wanted, named = asked.params.logprobs, asked.params.logprob_token_ids
     for output in piece.outputs:
+        if named:
+            continue  # vLLM asks for these alone, and tells them all
         if wanted is None:
             output.logprobs = None
             output.cumulative_logprob = None
-        elif output.logprobs and wanted >= 0 and not asked.params.logprob_token_ids:
+        elif output.logprobs and wanted >= 0:
             # The search may have asked for more.
             at_each = cast(list[dict[int, Logprob]], output.logprobs)
             output.logprobs = [

@@ -260,7 +260,8 @@ class LocalEngine:
         params.output_kind = RequestOutputKind.DELTA if generation.piecewise else self._kind
         params.max_tokens = generation.max_tokens
         params.seed = generation.seed
-        if generation.logprobs is not None and params.logprobs != -1:
+        known = params.logprob_token_ids and generation.logprobs == 0  # with each token's own
+        if generation.logprobs is not None and params.logprobs != -1 and not known:
             params.logprobs = max(params.logprobs or 0, generation.logprobs)
         if generation.greedy:
             params.temperature, params.top_p, params.top_k, params.min_p = 0.0, 1.0, 0, 0.0

@@ -77,6 +77,15 @@ def test_sampling_parameters_reach_every_sample(client: httpx.Client):
     assert cut["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("kind", ["self_consistency", "best_of_n", "compute_optimal"])
+def test_named_tokens_have_their_probabilities_told(client: httpx.Client, kind: str):
+    """Also where a verifier or a plan goes by those of the chosen ones."""
+    fields = {"logprobs": True, "logprob_token_ids": [5, 6], "strategy": {"kind": kind, "n": 2}}
+    told = ask(client, **fields)["choices"][0]["logprobs"]["content"]
+    assert all(2 <= len(one["top_logprobs"]) <= 3 for one in told)
+    assert all(one["logprob"] in [of["logprob"] for of in one["top_logprobs"]] for one in told)
+
+
 def test_messages_all_count(client: httpx.Client):
     turns = [
         {"role": "system", "content": "You count apples."},
