@@ -144,8 +144,7 @@ def read(
             raise
         selection.limits = Limits()  # the batch's hold
         lines.append(Line(custom_id=custom_id, body=asked, selection=selection))
-    known = [one.selection for one in lines]
-    least = min(known, key=lambda one: one.calibration is not None)
+    least = min((one.selection for one in lines), key=lambda one: one.calibration is not None)
     return Asked(
         lines=tuple(lines),
         limits=limits,
@@ -218,24 +217,24 @@ def _limits(value: object, prompts: int, settings: Settings) -> Limits:
     )
 
 
-def _allocation(value: object, first: Selection) -> Allocation:
+def _allocation(value: object, least: Selection) -> Allocation:
+    """By the line of which the least is known."""
     if value not in (None, "marginal", "equal"):
         raise InvalidRequest("'allocation' is 'marginal' or 'equal'", field="allocation")
-    if first.calibration is None:
+    if least.calibration is None:
         if value == "marginal":
             raise InvalidRequest(
                 "'marginal' needs a calibration of this model, at the temperature of every line: "
-                "see mull calibrate, and "
-                "GET /v1/calibrations"
-                if isinstance(first.strategy, ComputeOptimal)
-                else f"{first.strategy.kind} cannot tell where a token gains most; compute_optimal "
+                "see mull calibrate, and GET /v1/calibrations"
+                if isinstance(least.strategy, ComputeOptimal)
+                else f"{least.strategy.kind} cannot tell where a token gains most; compute_optimal "
                 "can",
                 field="allocation",
             )
         return "equal"
     if value == "equal":
         return "equal"
-    if isinstance(first.strategy, ComputeOptimal) and first.strategy.mean_tokens is not None:
+    if isinstance(least.strategy, ComputeOptimal) and least.strategy.mean_tokens is not None:
         raise InvalidRequest(
             "the budget of all says what a prompt takes on average; drop 'mean_tokens'",
             field="mean_tokens",

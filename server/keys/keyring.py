@@ -84,26 +84,20 @@ def digest(key: str) -> str:
     return sha256(key.encode()).hexdigest()
 
 
-def read(file: Path, *, limits: bool = True) -> tuple[Key, ...]:
-    """The keys in a file; without `limits`, only if none has any.
+def read(file: Path) -> tuple[Key, ...]:
+    """The keys in a file.
 
     Raises:
         ValueError: It cannot be read. The message holds nothing of what stands in it.
     """
     try:
-        keys = _File.model_validate_json(file.read_bytes()).keys
+        return _File.model_validate_json(file.read_bytes()).keys
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"{file} holds no keys: {place}: {first['msg']}") from None
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    if not limits and any(one.limited for one in keys):
-        raise ValueError(
-            f"{file} has keys with limits, which need --api-server-count 1: each process would "
-            "count for itself; a gateway before several servers counts for all"
-        )
-    return keys
 
 
 @contextmanager

@@ -28,8 +28,11 @@ def check(settings: Settings) -> None:
         raise ValueError(
             "MULL_ADAPTERS needs --api-server-count 1; start more servers on the same registry"
         )
-    if settings.keys is not None:
-        keyring.read(settings.keys, limits=False)
+    if settings.keys is not None and any(one.limited for one in keyring.read(settings.keys)):
+        raise ValueError(
+            f"{settings.keys} has keys with limits, which need --api-server-count 1: each process "
+            "would count for itself; a gateway before several servers counts for all"
+        )
 
 
 def needed() -> Sequence[psutil.Process]:

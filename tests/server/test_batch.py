@@ -184,6 +184,14 @@ def test_a_deadline_ends_it_with_what_there_is(client: httpx.Client):
         ({"budget": {"tokens": 3}}, "budget.tokens", "too few"),
         ({"budget": {"dollars": 3}}, "budget.dollars", ""),
         ({"allocation": "greedy"}, "allocation", "marginal"),
+        (
+            {
+                "allocation": "marginal",
+                "requests": [lines(2)[0], lines(2, temperature=0.9)[1]],
+            },
+            "allocation",
+            "temperature of every line",
+        ),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"model": None}, "model", "served"),
         ({"messages": []}, "messages", "its own"),
