@@ -5,19 +5,20 @@ clients that hang up, requests that are refused. Then `--crowd` requests come at
 JSON: `memory` has [minutes, MiB of the server's processes] every few seconds, and `growth`, the
 median of its last quarter over that of the quarter after the warm-up (the first fifth). `mixed` and
 `crowd` count replies by status, and `lost`, those without one; `health` has the median, the 99th
-percentile and the maximum of /health meanwhile, in seconds, asked by a thread of its own.
+percentile and the maximum of /health meanwhile, in seconds, asked by a process of its own.
 """
 
 import argparse
 import asyncio
 import json
+import multiprocessing
 import random
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from finetune.tiny.problems import exam
 
 _LOOK_SECONDS = 5.0
 _HEALTH_SECONDS = 0.1
+_CONNECTIONS = 100
 
 _SEARCHES: tuple[dict[str, Any], ...] = (
     {"kind": "self_consistency", "n": 6},
@@ -80,15 +82,15 @@ class Counted:
 async def _measure(base: str, options: argparse.Namespace) -> dict[str, Any]:
     prompts = [item.prompt for item in exam(options.seed, options.problems)]
     memory: list[tuple[float, float]] = []
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
-    async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as client:
-        mixed, crowd = Counted(), Counted()
+    mixed, crowd = Counted(), Counted()
+    async with clients(base, options.clients) as several:
         with health(base) as soaking:
-            await _soak(client, prompts, mixed, memory, options)
+            await _soak(several, prompts, mixed, memory, options)
+    async with clients(base, options.crowd) as several:
         with health(base) as crowded:
             asked = [
                 _ask(client, prompts, crowd, random.Random(f"crowd {at}"), hang_up=False)
-                for at in range(options.crowd)
+                for at, client in enumerate(several)
             ]
             await asyncio.gather(*asked)
     return {
@@ -99,8 +101,22 @@ async def _measure(base: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@asynccontextmanager
+async def clients(base: str, requests: int) -> AsyncGenerator[list[httpx.AsyncClient]]:
+    """A client for each of so many requests; a hundred share one.
+
+    A client looks through all of its connections again for every request.
+    """
+    async with AsyncExitStack() as stack:
+        shared = [
+            await stack.enter_async_context(httpx.AsyncClient(base_url=base, timeout=600))
+            for _ in range(0, requests, _CONNECTIONS)
+        ]
+        yield [shared[at // _CONNECTIONS] for at in range(requests)]
+
+
 async def _soak(
-    client: httpx.AsyncClient,
+    several: list[httpx.AsyncClient],
     prompts: list[str],
     counted: Counted,
     memory: list[tuple[float, float]],
@@ -111,7 +127,7 @@ async def _soak(
     def elapsed() -> float:
         return time.monotonic() - began
 
-    async def one(number: int) -> None:
+    async def one(number: int, client: httpx.AsyncClient) -> None:
         rng = random.Random(f"{options.seed} {number}")
         while elapsed() < over:
             await _ask(client, prompts, counted, rng)
@@ -124,7 +140,7 @@ async def _soak(
                 progress.update(task, completed=int(elapsed()))
                 await asyncio.sleep(_LOOK_SECONDS)
 
-    await asyncio.gather(look(), *(one(number) for number in range(options.clients)))
+    await asyncio.gather(look(), *(one(number, client) for number, client in enumerate(several)))
 
 
 async def _ask(
@@ -164,24 +180,31 @@ async def _ask(
 
 @contextmanager
 def health(base: str) -> Iterator[list[float]]:
-    """Ask /health all the time while the block lasts, in a thread: this loop is busy."""
+    """Ask /health all the time while the block lasts, in a process: this one is busy."""
     seconds: list[float] = []
-    over = threading.Event()
-
-    def ask() -> None:
-        with httpx.Client(base_url=base, timeout=60) as client:
-            while not over.wait(_HEALTH_SECONDS):
-                began = time.monotonic()
-                client.get("/health").raise_for_status()
-                seconds.append(time.monotonic() - began)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    asking = spawn.Process(target=_health, args=(base, theirs), daemon=True)
+    asking.start()
+    theirs.close()  # so that its end shows here
+    ours.recv()  # it has begun
     try:
         yield seconds
     finally:
-        over.set()
-        thread.join()
+        ours.send(None)
+        seconds += ours.recv()
+        asking.join()
+
+
+def _health(base: str, pipe: Connection) -> None:
+    seconds: list[float] = []
+    with httpx.Client(base_url=base, timeout=60) as client:
+        pipe.send(None)
+        while not pipe.poll(_HEALTH_SECONDS):
+            began = time.monotonic()
+            client.get("/health").raise_for_status()
+            seconds.append(time.monotonic() - began)
+    pipe.send(seconds)
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -196,8 +219,9 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def _mebibytes() -> float:
     """What the server's processes hold for themselves; shared pages count once, in parts."""
+    asking = {one.pid for one in multiprocessing.active_children()}
     family = psutil.Process().children(recursive=True)
-    return sum(one.memory_full_info().pss for one in family) / 2**20
+    return sum(one.memory_full_info().pss for one in family if one.pid not in asking) / 2**20
 
 
 def _growth(memory: list[tuple[float, float]]) -> float:

@@ -60,7 +60,12 @@ class Admission:
 
     @contextmanager
     def enter(self, tab: Tab | None = None) -> Generator[Place]:
-        """Count a request while the block lasts."""
+        """Count a request while the block lasts.
+
+        Raises:
+            Busy: See `check`.
+        """
+        self.check()
         self.requests += 1
         began = monotonic()
         try:

@@ -12,9 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.adapters.binding import Names, bound
 from server.calibration.shelf import Shelf
 from server.errors import reply_to
-from server.keys.accounts import TAB
 from server.reply import exact, mull_field, usage_of
 from server.run import Selection
+from server.search import entered
 from server.selection import ENDPOINTS, MANY, SELECTION, choose, equip
 from server.settings import Settings
 from server.sse import HEARTBEAT
@@ -67,7 +67,7 @@ class Choosing:
                         )
                     if selection is not None:
                         equip(selection, chosen, self._shelf, self._settings)
-                        selection.tab = scope.get(TAB)
+                        await stack.enter_async_context(entered(selection, scope))
                     binding = bound(names, chosen, selection, counted=path in ENDPOINTS)
                     asked = await stack.enter_async_context(binding)
                     if names is not None:

@@ -114,7 +114,7 @@ class Selection:
     bidder: Bidder | None = None
     """Of a prompt in a batch, who asks for its part of the budget."""
     place: Place | None = None
-    """Where the batch stands among all requests, which has been admitted."""
+    """Where the request, or its batch, stands among all; None where it is not counted yet."""
     tab: Tab | None = None
     """What the request is charged to, where keys are checked."""
     versions: dict[str, str] = field(default_factory=dict[str, str])

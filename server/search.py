@@ -2,10 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
+
+from starlette.types import Scope
 
 from server.admission import Admission
 from server.endpoints import Asking, Endpoints
+from server.keys.accounts import TAB
 from server.run import Run, Selection
 from server.store import Store
 from server.tracing import below, call
@@ -53,6 +57,21 @@ class Winner(Generic[T]):
                 return None
 
 
+@asynccontextmanager
+async def entered(selection: Selection, scope: Scope) -> AsyncGenerator[None]:
+    """Charge a request to its key, and count it, while the block lasts.
+
+    Before anything reads its prompt, so that a crowd is refused at the least cost.
+
+    Raises:
+        Busy: Too many requests search already.
+    """
+    selection.tab = scope.get(TAB)
+    admission: Admission = scope["app"].state.admission
+    with admission.enter(selection.tab) as selection.place:
+        yield
+
+
 class Searches:
     """What all runs of a server share."""
 
@@ -76,7 +95,7 @@ class Searches:
     def check(self, selection: Selection) -> None:
         """Refuse one more request while too many search already; see `Admission.check`.
 
-        A prompt of a batch was admitted with it.
+        Most are counted since they came, those of a batch with it.
         """
         if selection.place is None:
             self._admission.check()

@@ -169,11 +169,9 @@ class Answering:
         Raises:
             InvalidRequest: A field is refused, by name.
             EngineUnavailable: No upstream is well.
-            Busy: Too much is searched for already.
         """
         selection = SELECTION.get()
         assert selection is not None
-        self._searches.check(selection)
         stream = _boolean(body, "stream")
         options = as_object(body.get("stream_options")) or {}
         fields = sampling_fields(kind, body)

@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from server.adapters.binding import bound
 from server.errors import nearest
-from server.keys.accounts import TAB
 from server.reply import exact, native
 from server.run import Selection
+from server.search import entered
 from server.selection import SELECTION, choose, equip, kind_of, parse
 from server.sse import EventStream, Refused, event
 from server.trace import told
@@ -135,13 +135,12 @@ async def solve(kind: KindInPath, request: Request) -> Response:
     )
     assert selection is not None
     equip(selection, asked, state.shelf, state.settings)
-    selection.tab = request.scope.get(TAB)
     if streamed:
         events = _events(chat, asked, request, selection)
         return EventStream(events, heartbeat_seconds=state.settings.heartbeat_seconds)
     token = SELECTION.set(selection)
     try:
-        async with bound(names, asked, selection) as asked:
+        async with entered(selection, request.scope), bound(names, asked, selection) as asked:
             reply = await chat.complete(asked, request, watch=True)
     finally:
         SELECTION.reset(token)
@@ -154,7 +153,8 @@ async def _events(
     chat: Any, asked: JSON, request: Request, selection: Selection
 ) -> AsyncGenerator[bytes, None]:
     """What happens, and then the reply as `result`."""
-    async with bound(request.app.state.adapters, asked, selection) as asked:
+    binding = bound(request.app.state.adapters, asked, selection)
+    async with entered(selection, request.scope), binding as asked:
         token = SELECTION.set(selection)  # a generator runs in the context of whoever iterates it
         completing = Background(chat.complete(asked, request, watch=False))
         async with completing as reply, Background(selection.begun.wait()) as begun:

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.adapters.binding import bound
 from server.errors import refusal
-from server.keys.accounts import TAB
+from server.search import entered
 from server.selection import SELECTION, owner, select
 from server.wire import JSON, body_of
 from strategies.core.answers import AnswerFormat
@@ -75,11 +75,11 @@ async def verify(request: Request) -> Response:
     limits = asked.budget.capped(state.settings.limits)
     body, selection = select(strategy, limits, body, state.settings)
     selection.owner = owner(request.headers)
-    selection.tab = request.scope.get(TAB)
     selection.traceparent = request.headers.get("traceparent")
     token = SELECTION.set(selection)
     try:
-        async with bound(state.adapters, body, selection) as body:
+        binding = bound(state.adapters, body, selection)
+        async with entered(selection, request.scope), binding as body:
             reply = await state.chat.complete(body, request, watch=True)
     finally:
         SELECTION.reset(token)

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.soak import health, spread
+from bench.soak import clients, health, spread
+from bench.stats import median
 from strategies.registry import STRATEGIES
 
 CHAT = "/v1/chat/completions"
@@ -33,9 +34,9 @@ class Spent:
         self.prompt = counter(metrics, "vllm:prompt_tokens_total")
         self.ours = counter(metrics, "mull_tokens_total")
         self.our_prompt = counter(metrics, "mull_prompt_tokens_total")
-        self.busy = counter(metrics, "vllm:num_requests_running") + counter(
-            metrics, "mull_running_requests"
-        )
+        running = counter(metrics, "vllm:num_requests_running")
+        self.inside = running + counter(metrics, "vllm:num_requests_waiting")
+        self.busy = running + counter(metrics, "mull_running_requests")
 
 
 async def settled(client: httpx.AsyncClient) -> Spent:
@@ -224,6 +225,24 @@ async def test_no_overspend_in_a_thousand_random_requests(server):
     assert statuses[200] > 700, statuses  # the others had no time for a token
 
 
+async def latencies(url: str, body: dict[str, Any], asked: int) -> list[float]:
+    """Seconds that each of so many took, one every 0.2 s whether or not the last is back.
+
+    Not before a hundred sequences are in the engine.
+    """
+    async with httpx.AsyncClient(base_url=url, timeout=400) as client, asyncio.timeout(200):
+        while Spent((await client.get("/metrics")).text).inside < 100:
+            await asyncio.sleep(0.1)
+
+        async def one(at: int) -> float:
+            await asyncio.sleep(0.2 * at)
+            began = time.monotonic()
+            (await client.post(CHAT, json=body | {"seed": at})).raise_for_status()
+            return time.monotonic() - began
+
+        return await asyncio.gather(*(one(at) for at in range(asked)))
+
+
 @pytest.mark.slow
 async def test_a_crowd_is_answered_or_told_to_come_again_and_health_stays(server):
     body: dict[str, Any] = {
@@ -233,26 +252,23 @@ async def test_a_crowd_is_answered_or_told_to_come_again_and_health_stays(server
         "temperature": 1.0,
     }
     searched = body | {"strategy": {"kind": "self_consistency", "n": 4, "early_stop": "never"}}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=400, limits=limits) as client:
 
-        async def meanwhile(size: int, crowd: dict[str, Any]) -> tuple[list[httpx.Response], float]:
-            """The replies to so many of these, and a plain request's median latency meanwhile."""
+    async def meanwhile(size: int, crowd: dict[str, Any]) -> tuple[list[httpx.Response], float]:
+        """The replies to so many of these, and plain requests' median latency meanwhile."""
+        async with clients(server.url, size) as several:
             loads = asyncio.gather(
-                *(client.post(CHAT, json=crowd | {"seed": 4 * at}) for at in range(size))
+                *(
+                    client.post(CHAT, json=crowd | {"seed": 4 * at})
+                    for at, client in enumerate(several)
+                )
             )
-            await asyncio.sleep(1)
-            seconds: list[float] = []
-            while not loads.done():
-                began = time.monotonic()
-                reply = await client.post(CHAT, json=body | {"seed": 1})
-                assert reply.status_code == 200
-                seconds.append(time.monotonic() - began)
-            return await loads, sorted(seconds)[len(seconds) // 2]
+            # On a loop of their own: the crowd's is busy.
+            seconds = await asyncio.to_thread(asyncio.run, latencies(server.url, body, 20))
+            return await loads, median(seconds)
 
-        plain, among_plain = await meanwhile(500, body | {"n": 4})
-        with health(server.url) as waited:
-            searches, among_searches = await meanwhile(2000, searched)
+    plain, among_plain = await meanwhile(1000, body | {"n": 4})
+    with health(server.url) as waited:
+        searches, among_searches = await meanwhile(2000, searched)
     assert {reply.status_code for reply in plain} == {200}
     assert {reply.status_code for reply in searches} <= {200, 429}
     assert all("Retry-After" in reply.headers for reply in searches if reply.status_code == 429)

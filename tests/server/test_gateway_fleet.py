@@ -17,6 +17,7 @@ from server.gateway import command
 from server.gateway.app import Gateway
 from server.gateway.fleet import SESSION, Breaker, Fleet, Lost, Terms
 from server.settings import Settings
+from strategies.core.aio import Background
 from strategies.core.testing import FakeEngine
 from tests.server.fake_upstream import MODEL, FakeUpstream, Stream, never
 
@@ -492,3 +493,26 @@ def test_the_command_takes_upstreams_and_all_other_settings(monkeypatch: pytest.
     options = argparse.Namespace(upstream=["http://up"], host="127.0.0.1", port=1)
     assert command.run(options) == 0
     assert (found[0].upstreams, found[0].kept_traces) == (("http://up",), 7)
+
+
+async def test_one_request_too_many_is_told_before_a_prompt_is_read():
+    up = FakeUpstream(FakeEngine([r"it is \boxed{4}"], delay=lambda index: 0.1))
+    own = BODY | {"n": 2, "early_stop": "never"}
+    del own["strategy"]
+    said = {"model": MODEL, "messages": BODY["messages"], "candidates": ["4"]}
+    said["verifier"] = {"kind": "regex", "pattern": "4"}
+    asked = [(CHAT, BODY), (CHAT, BODY | {"stream": True}), ("/v1/verify", said)]
+    asked += [("/v1/strategies/self_consistency", own | {"stream": way}) for way in (False, True)]
+    for path, body in asked:
+        up.requests.clear()
+        async with before([up], Settings(max_running_requests=1)) as (client, _):
+            async with Background(client.post(CHAT, json=BODY)) as first:
+                while sum("stream" in one for one in up.bodies("/v1/completions")) < 4:
+                    await asyncio.sleep(0.01)
+                read = len(up.requests)
+                reply = await client.post(path, json=body)
+                assert reply.status_code == 429, (path, reply.text)
+                assert reply.headers["Retry-After"] == "1"
+                assert len(up.requests) == read
+                assert (await first).status_code == 200
+            assert (await client.post(path, json=body)).status_code == 200, path
