@@ -11,6 +11,7 @@ percentile and the maximum of /health meanwhile, in seconds, asked by a process 
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import random
 import time
@@ -82,10 +83,11 @@ class Counted:
 async def _measure(base: str, options: argparse.Namespace) -> dict[str, Any]:
     prompts = [item.prompt for item in exam(options.seed, options.problems)]
     memory: list[tuple[float, float]] = []
+    [serving] = psutil.Process().children()
     mixed, crowd = Counted(), Counted()
     async with clients(base, options.clients) as several:
         with health(base) as soaking:
-            await _soak(several, prompts, mixed, memory, options)
+            await _soak(several, prompts, mixed, serving, memory, options)
     async with clients(base, options.crowd) as several:
         with health(base) as crowded:
             asked = [
@@ -119,6 +121,7 @@ async def _soak(
     several: list[httpx.AsyncClient],
     prompts: list[str],
     counted: Counted,
+    serving: psutil.Process,
     memory: list[tuple[float, float]],
     options: argparse.Namespace,
 ) -> None:
@@ -136,7 +139,7 @@ async def _soak(
         with bar() as progress:
             task = progress.add_task("mixed load, seconds", total=int(over))
             while elapsed() < over:
-                memory.append((elapsed() / 60, _mebibytes()))
+                memory.append((elapsed() / 60, _mebibytes(serving)))
                 progress.update(task, completed=int(elapsed()))
                 await asyncio.sleep(_LOOK_SECONDS)
 
@@ -180,7 +183,10 @@ async def _ask(
 
 @contextmanager
 def health(base: str) -> Iterator[list[float]]:
-    """Ask /health all the time while the block lasts, in a process: this one is busy."""
+    """Seconds that /health took, asked all the time while the block lasts; inf is not well.
+
+    In a process of its own: this one is busy.
+    """
     seconds: list[float] = []
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
@@ -202,8 +208,12 @@ def _health(base: str, pipe: Connection) -> None:
         pipe.send(None)
         while not pipe.poll(_HEALTH_SECONDS):
             began = time.monotonic()
-            client.get("/health").raise_for_status()
-            seconds.append(time.monotonic() - began)
+            try:
+                client.get("/health").raise_for_status()
+            except httpx.HTTPError:
+                seconds.append(math.inf)
+            else:
+                seconds.append(time.monotonic() - began)
     pipe.send(seconds)
 
 
@@ -217,11 +227,10 @@ def spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def _mebibytes() -> float:
+def _mebibytes(serving: psutil.Process) -> float:
     """What the server's processes hold for themselves; shared pages count once, in parts."""
-    asking = {one.pid for one in multiprocessing.active_children()}
-    family = psutil.Process().children(recursive=True)
-    return sum(one.memory_full_info().pss for one in family if one.pid not in asking) / 2**20
+    family = [serving, *serving.children(recursive=True)]
+    return sum(one.memory_full_info().pss for one in family) / 2**20
 
 
 def _growth(memory: list[tuple[float, float]]) -> float:

@@ -38,7 +38,7 @@ class Admission:
         self._typical = 1.0
         """A moving average of what a request takes, in seconds."""
         self.requests = 0
-        """Requests that search now."""
+        """Requests that search now, or are about to."""
 
     @property
     def candidates(self) -> int:
@@ -46,34 +46,30 @@ class Admission:
         return self._gate.running
 
     def check(self) -> None:
-        """Refuse one more request while too many search already.
+        """Refuse one more request while too many are under way.
 
         Raises:
             Busy: It may come again after the seconds given.
         """
         if self.requests >= self._most:
             raise Busy(
-                f"{self._most} requests are being searched for already; try again later",
+                f"{self._most} requests with a strategy are under way already; try again later",
                 seconds=round(min(60.0, max(1.0, self._typical))),
                 scarce="requests",
             )
 
     @contextmanager
     def enter(self, tab: Tab | None = None) -> Generator[Place]:
-        """Count a request while the block lasts.
-
-        Raises:
-            Busy: See `check`.
-        """
-        self.check()
+        """Count a request while the block lasts."""
         self.requests += 1
-        began = monotonic()
+        began, place = monotonic(), Place(tab)
         try:
             with metrics.RUNNING.track_inprogress():
-                yield Place(tab)
+                yield place
         finally:
             self.requests -= 1
-            self._typical += 0.1 * (monotonic() - began - self._typical)
+            if place.tag:  # else it was refused before it searched
+                self._typical += 0.1 * (monotonic() - began - self._typical)
 
     @contextmanager
     def admit(

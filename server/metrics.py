@@ -58,7 +58,11 @@ QUESTIONS = Counter(
     ["strategy", "of"],
 )
 REFUSED = Counter("mull_refusals", "Requests that were answered with an error, by why.", ["reason"])
-RUNNING = Gauge("mull_running_requests", "Requests that search now.", multiprocess_mode="livesum")
+RUNNING = Gauge(
+    "mull_running_requests",
+    "Requests that search now, or are about to.",
+    multiprocess_mode="livesum",
+)
 UNBEGUN = Gauge(
     "mull_waiting_requests",
     "Searches whose first candidate waits for a slot.",

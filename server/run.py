@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from server.admission import Place
@@ -115,6 +116,8 @@ class Selection:
     """Of a prompt in a batch, who asks for its part of the budget."""
     place: Place | None = None
     """Where the request, or its batch, stands among all; None where it is not counted yet."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """What counts the request until its run takes that over."""
     tab: Tab | None = None
     """What the request is charged to, where keys are checked."""
     versions: dict[str, str] = field(default_factory=dict[str, str])

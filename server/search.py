@@ -59,16 +59,19 @@ class Winner(Generic[T]):
 
 @asynccontextmanager
 async def entered(selection: Selection, scope: Scope) -> AsyncGenerator[None]:
-    """Charge a request to its key, and count it, while the block lasts.
+    """Charge a request to its key, and count it: until its run ends, or the block without a run.
 
     Before anything reads its prompt, so that a crowd is refused at the least cost.
 
     Raises:
-        Busy: Too many requests search already.
+        Busy: Too many requests are under way already.
     """
     selection.tab = scope.get(TAB)
     admission: Admission = scope["app"].state.admission
-    with admission.enter(selection.tab) as selection.place:
+    admission.check()
+    with selection.held as held:
+        selection.place = held.enter_context(admission.enter(selection.tab))
+        held.callback(setattr, selection, "place", None)
         yield
 
 
@@ -93,9 +96,9 @@ class Searches:
         self._traced = traced
 
     def check(self, selection: Selection) -> None:
-        """Refuse one more request while too many search already; see `Admission.check`.
+        """Refuse one more run while too many requests are under way; see `Admission.check`.
 
-        Most are counted since they came, those of a batch with it.
+        Not the first run of a request that is counted since it came, or of a batch.
         """
         if selection.place is None:
             self._admission.check()
@@ -120,7 +123,10 @@ class Searches:
             parent = selection.traceparent if self._traced else None
             return {} if parent is None else below(parent, call(name, index))
 
-        with self._admission.admit(engine, selection.place, selection.tab) as admitted:
+        with (
+            selection.held.pop_all(),
+            self._admission.admit(engine, selection.place, selection.tab) as admitted,
+        ):
             run = Run(
                 selection,
                 problem,

@@ -50,7 +50,8 @@ def tracing() -> "Tracing | None":
     try:
         from server.otel import configured
     except ImportError as error:
-        raise ValueError(f"OTEL_* ask for spans: pip install 'mull[otel]' ({error})") from error
+        why = f"OTEL_* ask for spans; in the checkout: pip install '.[otel]' ({error})"
+        raise ValueError(why) from error
     return configured(names)
 
 

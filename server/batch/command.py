@@ -164,7 +164,8 @@ class _Run:
             try:
                 spread.connect(self._options.ray)
             except ImportError:
-                raise Unusable("Ray is not installed: pip install 'mull[ray]'") from None
+                why = "Ray is not installed; in the checkout: pip install '.[ray]'"
+                raise Unusable(why) from None
             except ConnectionError as error:
                 raise Unusable(f"no Ray cluster answers: {error}") from None
         asyncio.run(self._close_open())

@@ -208,6 +208,7 @@ async def course(
     Raises:
         Busy: Too much runs already.
     """
+    admission.check()
     running = Running(asked, running=max(1, admission.slots // 2), owner=owner(request.headers))
     name = request.headers.get("x-request-id")
     with admission.enter(asked.lines[0].selection.tab) as place, batches.keeping(name, running):

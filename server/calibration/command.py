@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         from server.calibration import learn
     except ImportError as error:
-        Console().print(f"[red]{error.name} is missing:[/] pip install 'mull\\[calibrate]'")
+        mend = "in the checkout: pip install '.\\[calibrate]'"
+        Console().print(f"[red]{error.name} is missing;[/] {mend}")
         return 2
     return learn.run(options)
 

@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     """Ask, fit, report; return the exit status."""
     console = Console()
     try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         rows = [json.loads(line) for line in options.problems.read_text().splitlines()]
         grade = None if options.grader is None else _grader(options.grader)
     except (OSError, ValueError, ImportError, AttributeError) as error:

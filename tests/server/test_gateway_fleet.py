@@ -496,23 +496,30 @@ def test_the_command_takes_upstreams_and_all_other_settings(monkeypatch: pytest.
 
 
 async def test_one_request_too_many_is_told_before_a_prompt_is_read():
-    up = FakeUpstream(FakeEngine([r"it is \boxed{4}"], delay=lambda index: 0.1))
+    read, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(request: httpx.Request) -> None:
+        read.set()
+        await go_on.wait()
+
     own = BODY | {"n": 2, "early_stop": "never"}
     del own["strategy"]
     said = {"model": MODEL, "messages": BODY["messages"], "candidates": ["4"]}
     said["verifier"] = {"kind": "regex", "pattern": "4"}
     asked = [(CHAT, BODY), (CHAT, BODY | {"stream": True}), ("/v1/verify", said)]
     asked += [("/v1/strategies/self_consistency", own | {"stream": way}) for way in (False, True)]
-    for path, body in asked:
-        up.requests.clear()
-        async with before([up], Settings(max_running_requests=1)) as (client, _):
-            async with Background(client.post(CHAT, json=BODY)) as first:
-                while sum("stream" in one for one in up.bodies("/v1/completions")) < 4:
-                    await asyncio.sleep(0.01)
-                read = len(up.requests)
+    one = upstream(before=only("/tokenize", hold))
+    go_on.set()  # the gateway looks at it first
+    async with before([one], Settings(max_running_requests=1)) as (client, _):
+        for path, body in asked:
+            read.clear()
+            go_on.clear()
+            new = [{"role": "user", "content": f"How many, at {path}, {body.get('stream')}?"}]
+            async with Background(client.post(CHAT, json=BODY | {"messages": new})) as first:
+                await read.wait()
                 reply = await client.post(path, json=body)
                 assert reply.status_code == 429, (path, reply.text)
                 assert reply.headers["Retry-After"] == "1"
-                assert len(up.requests) == read
+                go_on.set()
                 assert (await first).status_code == 200
             assert (await client.post(path, json=body)).status_code == 200, path
