@@ -517,7 +517,7 @@ async def test_one_request_too_many_is_told_before_a_prompt_is_read():
             new = [{"role": "user", "content": f"How many, at {path}, {body.get('stream')}?"}]
             async with Background(client.post(CHAT, json=BODY | {"messages": new})) as first:
                 await read.wait()
-                reply = await client.post(path, json=body)
+                reply = await asyncio.wait_for(client.post(path, json=body), 10)
                 assert reply.status_code == 429, (path, reply.text)
                 assert reply.headers["Retry-After"] == "1"
                 go_on.set()
