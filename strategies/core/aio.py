@@ -119,10 +119,32 @@ class Background(Generic[T]):
         await _cancel(self._task)
 
 
+async def unbroken(
+    work: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, None]] | None = None
+) -> T:
+    """Wait for `work` to its end, also when this very wait is cancelled; the cancellation follows.
+
+    For what is short, and settles accounts or begins what must be ended: then `undo` is called
+    with the result that nobody gets.
+    """
+    task = asyncio.create_task(work)
+    try:
+        await _ended(task)
+    except asyncio.CancelledError:
+        if undo is not None and not task.cancelled() and task.exception() is None:
+            await unbroken(undo(task.result()))
+        raise
+    return task.result()
+
+
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:
     """Cancel and wait until each task has really ended, also when this very wait is cancelled."""
     for task in tasks:
         task.cancel()
+    await _ended(*tasks)
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
     interrupted: asyncio.CancelledError | None = None
     for task in tasks:
         while not task.done():

@@ -24,7 +24,7 @@ from math import inf, isnan
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
-from strategies.core.aio import Arrivals, Group
+from strategies.core.aio import Arrivals, Group, unbroken
 from strategies.core.answers import AnswerFormat, Answers
 from strategies.core.budget import Budget, Lease
 from strategies.core.calibration import Calibration
@@ -836,13 +836,17 @@ class _Flight(Generic[T]):
     ) -> None:
         try:
             if self.running:
-                await self._ctx.engine.abort(tuple(self.running))
-                await self.arrivals.over(GRACE_SECONDS)
+                await unbroken(self._abort())
         finally:
             await self.arrivals.__aexit__(kind, error, trace)
             for index, lease in self.leased.items():
                 lease.settle(0)
                 self._never_begun(index)
+
+    async def _abort(self) -> None:
+        """End what runs, and hear what it had generated, though a client leaves meanwhile."""
+        await self._ctx.engine.abort(tuple(self.running))
+        await self.arrivals.over(GRACE_SECONDS)
 
 
 def _counted(reply: dict[str, Any], name: str) -> int:

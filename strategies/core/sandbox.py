@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
+from strategies.core.aio import unbroken
 from strategies.core.errors import MullError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -98,7 +99,7 @@ class Sandbox:
             try:
                 reply = await worker.run(function, arguments, seconds)
             except (Exception, asyncio.CancelledError):
-                await worker.kill()  # if its caller went away, its answer is nobody's
+                await unbroken(worker.kill())  # if its caller went away, its answer is nobody's
                 raise
             finally:
                 self._busy.discard(worker)
@@ -177,7 +178,7 @@ class Sandbox:
             if worker.alive:
                 return worker
             await worker.kill()
-        return await _Worker.start()
+        return await unbroken(_Worker.start(), _Worker.kill)
 
 
 class _Worker:

@@ -264,7 +264,6 @@ async def test_a_crowd_is_answered_or_told_to_come_again_and_health_stays(server
             )
             # On a loop of their own: the crowd's is busy.
             seconds = await asyncio.to_thread(asyncio.run, latencies(server.url, body, 20))
-            assert not loads.done()
             return await loads, median(seconds)
 
     plain, among_plain = await meanwhile(512, body | {"n": 4})

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from server.gateway.engine import Asked, RemoteEngine
 from server.gateway.fleet import Features, Fleet, Terms
 from server.gateway.vocabulary import Vocabulary
+from strategies.core.budget import Limits
 from strategies.core.strategy import Strategy
 from strategies.core.testing import FakeEngine
 from strategies.core.types import Chunk, Generation, Turn
+from strategies.self_consistency import SelfConsistency
 from tests.server.fake_upstream import MODEL, FakeUpstream
 from tests.strategies import test_conformance as rules
 from tests.strategies.test_conformance import VARIANTS, Watched, name
@@ -95,3 +97,11 @@ def test_it_obeys_over_http_what_it_obeys_here(rule: Any, strategy: Strategy):
         rule.hypothesis.inner_test(strategy=strategy, **story)
 
     obeys()
+
+
+@pytest.mark.parametrize("turns", range(1, 22, 2))
+def test_whoever_leaves_twice_still_pays_what_was_generated(turns: int):
+    strategy = SelfConsistency(n=4, early_stop="never")
+    story = rules.Story([(5, "1"), (10, "1")], [1.0, 0.0], [1])
+    rule = rules.test_cancelled_at_any_moment_it_adds_up_and_nothing_runs_on.hypothesis.inner_test
+    rule(strategy, story, Limits(), pauses=[(0.0, turns), (0.0, 0)], thinking=0)

@@ -138,7 +138,9 @@ class Skipping(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise AssertionError("this run would hang: nothing is left that could wake it")
+            if not (ready := super().select(10)):  # the sandbox's processes are real
+                raise AssertionError("this run would hang: nothing is left that could wake it")
+            return ready
         self.now += max(0.0, timeout)
         return super().select(0)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -162,6 +163,22 @@ async def test_cancelled_at_any_moment(after: float):
     task.cancel()
     await asyncio.wait({task})
     assert await sandbox.call("operator:add", "a", "b") == "ab"
+    await sandbox.close()
+
+
+@pytest.mark.parametrize("turns", range(1, 9))
+async def test_cancelled_twice_while_a_worker_starts(turns: int):
+    sandbox, before = Sandbox(modules=MODULES), asyncio.all_tasks()
+    others = psutil.Process().children()
+    task = asyncio.create_task(sandbox.call("operator:add", 1, 2))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    assert asyncio.all_tasks() == before
+    assert psutil.Process().children() == others
     await sandbox.close()
 
 
