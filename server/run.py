@@ -73,6 +73,8 @@ class Run:
         except BaseException as error:
             self._emit(Failed(stopped="error", error=type(error).__name__))
             raise
+        finally:  # a trace is kept; all that the engine put out would make collecting garbage slow
+            del self._context, self._listen
         self.outcome = outcome
         return outcome
 

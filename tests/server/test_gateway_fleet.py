@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -15,6 +16,7 @@ from pydantic import SecretStr
 
 from server.gateway import command
 from server.gateway.app import Gateway
+from server.gateway.engine import RemoteEngine
 from server.gateway.fleet import SESSION, Breaker, Fleet, Lost, Terms
 from server.settings import Settings
 from strategies.core.aio import Background
@@ -523,3 +525,11 @@ async def test_one_request_too_many_is_told_before_a_prompt_is_read():
                 go_on.set()
                 assert (await first).status_code == 200
             assert (await client.post(path, json=body)).status_code == 200, path
+
+
+async def test_a_trace_that_is_kept_keeps_no_engine():
+    async with before([upstream()]) as (client, _):
+        run = (await client.post(CHAT, json=BODY)).json()["mull"]["run"]
+        gc.collect()
+        assert not [one for one in gc.get_objects() if type(one) is RemoteEngine]
+        assert (await client.get(f"/v1/traces/{run}")).json()["mull"]["votes"] == {"4": 3, "5": 1}
